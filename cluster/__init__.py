@@ -1,0 +1,1 @@
+"""Foretoken's control plane and front door: settings, protocol, gateway, controller. Never imports torch."""

@@ -1,0 +1,166 @@
+"""The command line: commands parse, call and print. What they do lies in modules that they import when they run, so
+that ``foretoken --help`` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.config import ENV_PREFIX, Settings, flag_name, load
+from cluster.errors import ForetokenError
+
+app = typer.Typer(
+    name="foretoken",
+    help="Serve Mixture-of-Experts models bigger than your GPUs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench = typer.Typer(help="Measure, against a baseline of the same run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+def _setting(name: str, switch: bool = False) -> Any:
+    """The option of a setting; its help and its default come from the field."""
+    field = Settings.model_fields[name]
+    default = "" if field.default is None else f" (default: {str(field.default).lower()})"
+    flag = flag_name(name)
+    declaration = f"{flag}/--no-{flag.removeprefix('--')}" if switch else flag
+    return typer.Option(declaration, help=f"{field.description}{default}", show_default=False)
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", envvar=f"{ENV_PREFIX}CONFIG", help="a YAML file of settings: see configs/serve.yaml"),
+]
+Device = Annotated[str | None, _setting("device")]
+Numerics = Annotated[str | None, _setting("numerics")]
+Revision = Annotated[str | None, _setting("revision")]
+MaxModelLen = Annotated[int | None, _setting("max_model_len")]
+LogLevel = Annotated[str | None, _setting("log_level")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(f"foretoken {importlib.metadata.version('foretoken')}")
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="a Hugging Face id or a local folder; none: the demo model")
+    ] = None,
+    host: Annotated[str | None, _setting("host")] = None,
+    port: Annotated[int | None, _setting("port")] = None,
+    device: Device = None,
+    numerics: Numerics = None,
+    max_model_len: MaxModelLen = None,
+    max_num_seqs: Annotated[int | None, _setting("max_num_seqs")] = None,
+    token_budget: Annotated[int | None, _setting("token_budget")] = None,
+    page_size: Annotated[int | None, _setting("page_size")] = None,
+    kv_cache_bytes: Annotated[str | None, _setting("kv_cache_bytes")] = None,
+    prefix_cache: Annotated[bool | None, _setting("prefix_cache", switch=True)] = None,
+    static_batching: Annotated[bool | None, _setting("static_batching", switch=True)] = None,
+    host_kernels: Annotated[bool | None, _setting("host_kernels", switch=True)] = None,
+    num_threads: Annotated[int | None, _setting("num_threads")] = None,
+    served_model_name: Annotated[str | None, _setting("served_model_name")] = None,
+    revision: Revision = None,
+    home: Annotated[Path | None, _setting("home")] = None,
+    drain_timeout_s: Annotated[float | None, _setting("drain_timeout_s")] = None,
+    start_timeout_s: Annotated[float | None, _setting("start_timeout_s")] = None,
+    request_timeout_s: Annotated[float | None, _setting("request_timeout_s")] = None,
+    max_open_requests: Annotated[int | None, _setting("max_open_requests")] = None,
+    config: Config = None,
+    log_level: LogLevel = None,
+    log_format: Annotated[str | None, _setting("log_format")] = None,
+) -> None:
+    """Serve a model over an OpenAI-compatible API."""
+    settings = load({name: value for name, value in context.params.items() if name != "config"}, config)
+
+    from cluster.serve import run
+
+    raise typer.Exit(run(settings))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="raw text; with --chat, what the user says")],
+    model: Annotated[str | None, _setting("model")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="stop after this many; none: what the context has left")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0: greedy; none: the checkpoint's")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the draws; none: a new one")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON on stdout")] = False,
+    device: Device = None,
+    numerics: Numerics = None,
+    max_model_len: MaxModelLen = None,
+    revision: Revision = None,
+    config: Config = None,
+    log_level: LogLevel = None,
+) -> None:
+    """Complete one prompt, without a server."""
+    settings = load(
+        {
+            "model": model,
+            "device": device,
+            "numerics": numerics,
+            "max_model_len": max_model_len,
+            "revision": revision,
+            "log_level": log_level or "warning",
+        },
+        config,
+    )
+
+    from cluster.generate import Prompt, run
+
+    run(settings, Prompt(prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, chat=chat), as_json=as_json)
+
+
+@app.command()
+def doctor(
+    show_settings: Annotated[
+        bool, typer.Option("--config", help="show each setting and where it came from; a file may follow")
+    ] = False,
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", envvar=f"{ENV_PREFIX}CONFIG")] = None,
+) -> None:
+    """Tell what this machine has, what is missing, and what to do."""
+    settings = load(config=file)
+
+    from cluster.doctor import examine
+    from cluster.tables import print_findings, print_settings
+
+    if show_settings:
+        print_settings(settings.describe())
+    else:
+        print_findings(examine(settings))
+
+
+@bench.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench_serve(context: typer.Context) -> None:
+    """Serve the same requests with Foretoken and with its baselines: one table, ratios first."""
+    from loadtests.serve import main as bench_main
+
+    bench_main(context.args)
+
+
+def main() -> None:
+    """The entry point; a fault that the user can mend is one line on standard error and exit code 1."""
+    try:
+        app()
+    except ForetokenError as error:
+        print(f"Error: {error.message}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

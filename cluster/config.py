@@ -1,0 +1,158 @@
+"""Every setting of the server, as one frozen value.
+
+A setting has one name in three places, and the first that names it wins:
+
+1. a flag, ``--max-num-seqs 32``
+2. the environment, ``FORETOKEN_MAX_NUM_SEQS=32``
+3. the file of ``--config`` (or ``FORETOKEN_CONFIG``), YAML: ``max_num_seqs: 32``
+4. the default of its field here, which the command line shows as well
+
+`load` reads them; `Settings.describe` tells each value and where it came from. A name that ends in ``_s`` is a time in
+seconds (its flag goes without: ``--drain-timeout``). A size is a number of bytes or text such as ``4GiB``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+
+from cluster.errors import ConfigError
+
+ENV_PREFIX = "FORETOKEN_"
+
+
+def _expand_user(value: Any) -> Any:
+    return Path(value).expanduser() if isinstance(value, str | Path) else value
+
+
+Folder = Annotated[Path, BeforeValidator(_expand_user)]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of `Settings.describe`."""
+
+    name: str
+    value: str
+    origin: str  # "default", "FORETOKEN_…", "--flag" or the file's path
+    help: str
+
+
+class Settings(BaseSettings):
+    """What `foretoken serve` and its sisters run with. Made by `load`, never written afterwards."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_ignore_empty=True, protected_namespaces=()
+    )
+
+    # what is served
+    model: str | None = Field(None, description="a Hugging Face id or a local folder; none: the demo model")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face id")
+    served_model_name: str | None = Field(None, description="the name clients use; none: the id or the folder's name")
+    home: Folder = Field(Path("~/.cache/foretoken").expanduser(), description="where prepared files are kept")
+    data: Folder = Field(Path("../shared/data"), description="folder of public traces and task sets, for benches")
+
+    # the front door
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
+    drain_timeout_s: float = Field(10.0, ge=0, allow_inf_nan=False, description="what runs may finish for this long")
+    start_timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False, description="a worker may load for this long")
+    request_timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False, description="a request may take this long")
+    max_open_requests: int = Field(1024, ge=1, description="requests at once; one more is told to come back later")
+
+    # the engine
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:<i>")
+    numerics: Literal["auto", "invariant", "fast"] = Field(
+        "auto", description="invariant: a token does not depend on its batch; fast; auto: invariant on a CPU"
+    )
+    max_model_len: int | None = Field(None, ge=1, description="tokens of prompt and output; none: the checkpoint's")
+    max_num_seqs: int = Field(64, ge=1, le=4096, description="sequences that run at once")
+    token_budget: int = Field(2048, ge=1, le=1 << 20, description="tokens computed in one step")
+    page_size: int = Field(64, ge=1, le=1024, description="positions in a page of the KV cache")
+    kv_cache_bytes: ByteSize | None = Field(None, gt=0, description="size of the KV cache; none: sized to the machine")
+    prefix_cache: bool = Field(True, description="keep the pages of finished prompts for later ones")
+    static_batching: bool = Field(False, description="wait for whole batches (a baseline for benches)")
+    host_kernels: bool = Field(True, description="compile and use our own CPU kernels where a C++ compiler is there")
+    host_kernels: bool = Field(True, description="compile and use the CPU kernels; otherwise torch's own operations")
+    num_threads: int | None = Field(None, ge=1, le=4096, description="CPU threads of the engine; none: all cores")
+
+    # what it says
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+    log_format: Literal["text", "json"] = Field("text", description="lines for people, or one JSON object a line")
+
+    _origins: Mapping[str, str] = PrivateAttr(default_factory=dict)
+
+    def describe(self) -> list[Setting]:
+        """Every setting with its value and where that came from, in the order of the fields."""
+        return [
+            Setting(name, _show(getattr(self, name)), self._origins.get(name, "default"), field.description or "")
+            for name, field in type(self).model_fields.items()
+        ]
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value.human_readable() if isinstance(value, ByteSize) else str(value)
+
+
+def flag_name(setting: str) -> str:
+    """The flag of a setting: ``max_num_seqs`` -> ``--max-num-seqs``, ``drain_timeout_s`` -> ``--drain-timeout``."""
+    return "--" + setting.removesuffix("_s").replace("_", "-")
+
+
+def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> Settings:
+    """Settings from flags (None: not given), the environment and a file.
+
+    Raises `ConfigError` for a file that cannot be read, a key it does not know, or a value out of range: it names the
+    key, the value and where they stand.
+    """
+    from_file = {} if config is None else _read_file(config)
+    from_env = dict(EnvSettingsSource(Settings)())
+    from_flags = {name: value for name, value in (flags or {}).items() if value is not None}
+    origins = dict.fromkeys(from_file, str(config))
+    origins |= {name: ENV_PREFIX + name.upper() for name in from_env}
+    origins |= {name: flag_name(name) for name in from_flags}
+    try:
+        settings = Settings(**(from_file | from_env | from_flags))
+    except pydantic.ValidationError as error:
+        raise _config_error(error, origins) from None
+    settings._origins = origins
+    return settings
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the config file {path} cannot be read: {error.strerror}", param="config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config file {path} is not YAML: {error}", param="config") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"the config file {path} must hold `key: value` lines", param="config")
+    for key in content:
+        if key not in Settings.model_fields:
+            nearest = difflib.get_close_matches(str(key).replace("-", "_"), Settings.model_fields, n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            known = ", ".join(Settings.model_fields)
+            raise ConfigError(f"the config file {path} has an unknown key {key!r}{hint} Known: {known}", param=str(key))
+    return content
+
+
+def _config_error(error: pydantic.ValidationError, origins: Mapping[str, str]) -> ConfigError:
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0])
+    origin = origins.get(name, "default")
+    return ConfigError(f"{name} = {first['input']!r} (from {origin}): {first['msg']}", param=name)

@@ -1,0 +1,1 @@
+"""Starts, places and watches workers; talks to them by messages only."""

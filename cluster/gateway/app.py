@@ -1,0 +1,150 @@
+"""The routes, and the application that has them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.exceptions import HTTPException
+
+from cluster.errors import ForetokenError
+from cluster.gateway.capabilities import capabilities
+from cluster.gateway.client import WorkerClient
+from cluster.gateway.middleware import RequestContext
+from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest
+from cluster.gateway.replies import JSONBytes, error_response, openai_error
+from cluster.gateway.service import Gateway, model_not_found
+from cluster.gateway.settings import GatewaySettings
+
+STATE_TIMEOUT_S = 1.0
+
+router = APIRouter()
+
+
+def create_app(
+    settings: GatewaySettings, worker: WorkerClient, registry: CollectorRegistry | None = None
+) -> FastAPI:
+    """The gateway as an ASGI application. `app.state.gateway.begin_drain()` is for the server's signal handler.
+
+    Raises `CheckpointError` where the tokenizer's files cannot be used.
+    """
+    gateway = Gateway(settings, worker, CollectorRegistry() if registry is None else registry)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        await gateway.close()
+
+    app = FastAPI(
+        title="Foretoken", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
+    app.state.gateway = gateway
+    app.include_router(router)
+    app.add_exception_handler(ForetokenError, _refuse)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(RequestContext, metrics=gateway.metrics)
+    return app
+
+
+def _gateway(request: Request) -> Gateway:
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ForetokenError)
+    _gateway(request).metrics.failed(error.code)
+    return error_response(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """The router's own refusals: no such path, or not with this method."""
+    assert isinstance(error, HTTPException)
+    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    message = f"{error.detail}: {request.method} {request.url.path}"
+    body = openai_error(message, kind="invalid_request_error", code=code)
+    return JSONBytes(body, status=error.status_code, headers=error.headers)
+
+
+@router.post("/v1/completions")
+async def completions(request: Request) -> Response:
+    return await _gateway(request).reply(request, CompletionRequest)
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request) -> Response:
+    return await _gateway(request).reply(request, ChatCompletionRequest)
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    return JSONBytes({"object": "list", "data": [_model(_gateway(request))]})
+
+
+@router.get("/v1/models/{model_id:path}")
+async def model(request: Request, model_id: str) -> Response:
+    gateway = _gateway(request)
+    if model_id != gateway.settings.served_name:
+        raise model_not_found(model_id, gateway.settings.served_name)
+    return JSONBytes(_model(gateway))
+
+
+def _model(gateway: Gateway) -> dict[str, Any]:
+    hello = gateway.worker.hello
+    return {
+        "id": gateway.settings.served_name,
+        "object": "model",
+        "created": gateway.created,
+        "owned_by": "foretoken",
+        "max_model_len": None if hello is None else hello.max_model_len,
+    }
+
+
+@router.get("/v1/capabilities")
+async def list_capabilities(request: Request) -> Response:
+    return JSONBytes(capabilities(_gateway(request).settings.served_name))
+
+
+@router.get("/health/live")
+async def live() -> Response:
+    """The process answers; also while it drains."""
+    return JSONBytes({"status": "ok"})
+
+
+@router.get("/health")
+@router.get("/health/ready")
+async def ready(request: Request) -> Response:
+    """New requests are taken and will run."""
+    gateway = _gateway(request)
+    if gateway.admission.draining:
+        return _not_yet("draining")
+    if gateway.worker.hello is None:
+        return _not_yet(f"no worker: {gateway.worker.last_failure}")
+    return JSONBytes({"status": "ok"})
+
+
+@router.get("/health/startup")
+async def startup(request: Request) -> Response:
+    """A worker has been up once."""
+    worker = _gateway(request).worker
+    if worker.num_connections == 0:
+        return _not_yet(f"no worker yet: {worker.last_failure}")
+    return JSONBytes({"status": "ok"})
+
+
+def _not_yet(reason: str) -> Response:
+    return JSONBytes({"status": "unavailable", "reason": reason}, status=503)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    gateway = _gateway(request)
+    gateway.engine_metrics.state = await gateway.worker.state(STATE_TIMEOUT_S)
+    gateway.metrics.open_requests.set(gateway.admission.num_open)
+    gateway.metrics.worker_up.set(gateway.worker.hello is not None)
+    gateway.metrics.worker_connections.set(gateway.worker.num_connections)
+    return Response(generate_latest(gateway.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,141 @@
+"""Whole replies: a job's outputs merged into one JSON body, and errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import logging
+import math
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+from cluster.errors import EngineError, ForetokenError
+from cluster.gateway.generation import Generation
+from cluster.gateway.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
+from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest
+from cluster.gateway.submit import Job
+from cluster.gateway.tokenize import TextTokenizer
+from cluster.gateway.usage import Usage
+from cluster.protocol import Finish, RequestOutput, TokenLogprobs
+
+logger = logging.getLogger(__name__)
+
+
+def as_foretoken_error(error: Exception) -> ForetokenError:
+    """`error` itself where it is one of ours; else a fault, logged (without its message, which may quote a prompt)."""
+    if isinstance(error, ForetokenError):
+        return error
+    where = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+    logger.error("%s in the gateway\n%s", type(error).__name__, where)
+    return EngineError("an internal error of the gateway; its log says where")
+
+
+def error_response(error: ForetokenError) -> Response:
+    headers = {} if error.retry_after_s is None else {"retry-after": str(math.ceil(error.retry_after_s))}
+    return JSONBytes(error_body(error), status=error.status, headers=headers)
+
+
+class JSONBytes(Response):
+    """A JSON response by orjson."""
+
+    def __init__(self, value: object, *, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(orjson.dumps(value), status_code=status, headers=headers, media_type="application/json")
+
+
+def error_body(error: ForetokenError) -> dict[str, Any]:
+    return openai_error(error.message, kind=error.kind, code=error.code, param=error.param)
+
+
+def openai_error(message: str, *, kind: str, code: str, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+async def complete_body(generation: Generation, job: Job, tokenizer: TextTokenizer) -> dict[str, Any]:
+    """Read `generation` to its end. Raises what ended it early."""
+    usage = Usage(job)
+    merged = [_Merged() for _ in job.submits]
+    while outputs := await generation.read():
+        for choice, output in outputs:
+            usage.add(choice, output)
+            merged[choice].add(output)
+    request = job.request
+    if isinstance(request, CompletionRequest):
+        kind = "text_completion"
+        choices = [_completion_choice(job, request, tokenizer, i, item.output()) for i, item in enumerate(merged)]
+    else:
+        assert isinstance(request, ChatCompletionRequest)
+        kind = "chat.completion"
+        choices = [_chat_choice(job, request, i, item.output()) for i, item in enumerate(merged)]
+    return {
+        "id": job.reply_id,
+        "object": kind,
+        "created": job.created,
+        "model": job.model,
+        "choices": choices,
+        "usage": usage.body(),
+    }
+
+
+class _Merged:
+    """The outputs of one choice, gathered."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self._finish: Finish | None = None
+
+    def add(self, output: RequestOutput) -> None:
+        self._texts.append(output.text)
+        self._token_ids += output.token_ids
+        self._logprobs += output.logprobs
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = output.prompt_logprobs
+        self._finish = output.finish
+
+    def output(self) -> RequestOutput:
+        return RequestOutput(
+            request_id="",
+            index=0,
+            token_ids=self._token_ids,
+            text="".join(self._texts),
+            logprobs=self._logprobs,
+            prompt_logprobs=self._prompt_logprobs,
+            finish=self._finish,
+        )
+
+
+def _completion_choice(
+    job: Job, request: CompletionRequest, tokenizer: TextTokenizer, index: int, output: RequestOutput
+) -> dict[str, Any]:
+    echoed = job.prompt_of(index) if request.echo else None
+    logprobs = None
+    if request.logprobs is not None:
+        logprobs = CompletionLogprobs(request, tokenizer).piece(output, echoed)
+    text = output.text if echoed is None else echoed.text + output.text
+    return {"index": index, "text": text, "logprobs": logprobs, **_common(job, index, output)}
+
+
+def _chat_choice(job: Job, request: ChatCompletionRequest, index: int, output: RequestOutput) -> dict[str, Any]:
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": output.text, "refusal": None},
+        "logprobs": chat_logprobs(output.logprobs, request.top_logprobs or 0) if request.logprobs else None,
+        **_common(job, index, output),
+    }
+
+
+def _common(job: Job, index: int, output: RequestOutput) -> dict[str, Any]:
+    assert output.finish is not None, "a generation ends with each choice's finish"
+    members: dict[str, Any] = {
+        "finish_reason": output.finish.reason,
+        "stop_reason": output.finish.stop_reason,
+    }
+    if job.request.prompt_logprobs is not None:
+        members["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs or [], job.request.prompt_logprobs)
+    if job.request.return_token_ids:
+        members |= {"prompt_token_ids": list(job.prompt_of(index).ids), "token_ids": output.token_ids}
+    return members

@@ -1,0 +1,157 @@
+"""A generation request's way through the gateway: admit, read, check, wait for a worker, encode, submit, reply."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from typing import TypeVar
+
+from prometheus_client import CollectorRegistry
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from cluster.errors import DeadlineError, DrainingError, InvalidValueError, ModelNotFoundError
+from cluster.gateway.chat import load_template
+from cluster.gateway.client import WorkerClient
+from cluster.gateway.disconnect import ClientDisconnected, until_disconnect
+from cluster.gateway.fields import validate
+from cluster.gateway.generation import Generation
+from cluster.gateway.limits import Admission, parse_object, read_body
+from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from cluster.gateway.replies import JSONBytes, complete_body
+from cluster.gateway.settings import GatewaySettings
+from cluster.gateway.stream import Batch, ChatEvents, CompletionEvents, Events, EventStream
+from cluster.gateway.submit import Job, Texts, check_counts, encode, make_submits, num_chars, render_chat
+from cluster.gateway.tokenize import TextTokenizer
+from cluster.metrics import EngineCollector, GatewayMetrics, GenerationTimer
+
+INLINE_BYTES = 256 * 1024  # a larger body is parsed off the event loop
+INLINE_CHARS = 4096  # a longer text is tokenised off the event loop
+CLIENT_CLOSED_REQUEST = 499  # as nginx logs it; nobody reads it
+FLUSH_S = 1.0  # for replies to be written after the drain's end
+
+Result = TypeVar("Result")
+
+
+class Gateway:
+    """What the routes share. Made before the event loop runs; raises `CheckpointError` for unusable tokenizer files."""
+
+    def __init__(self, settings: GatewaySettings, worker: WorkerClient, registry: CollectorRegistry) -> None:
+        self.settings = settings
+        self.worker = worker
+        self.registry = registry
+        self.metrics = GatewayMetrics(registry, model_name=settings.served_name)
+        self.engine_metrics = EngineCollector(registry, model_name=settings.served_name)
+        self.admission = Admission(settings.max_open_requests)
+        self.tokenizer = TextTokenizer.from_checkpoint(settings.model_path)
+        self.template = load_template(
+            settings.model_path, timeout_s=settings.template_timeout_s, max_chars=settings.max_rendered_chars
+        )
+        self.created = int(time.time())
+        self._executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix="foretoken-text")
+
+    def begin_drain(self) -> None:
+        """Admit nothing more. What runs may finish for `drain_timeout_s`, then it ends with `DrainingError`."""
+        if self.admission.draining:
+            return
+        self.admission.draining = True
+        error = DrainingError(f"the server shut down before the request was done ({self.settings.drain_timeout_s:g} s)")
+        asyncio.get_running_loop().call_later(self.settings.drain_timeout_s, self.worker.fail, error)
+
+    async def close(self) -> None:
+        """Drain, then leave the worker."""
+        self.begin_drain()
+        await self.admission.wait_idle(self.settings.drain_timeout_s + FLUSH_S)
+        await self.worker.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def reply(self, request: Request, model: type[GenerationRequest]) -> Response:
+        """Answer one generation request. Raises `ForetokenError`s."""
+        arrival = time.perf_counter()
+        try:
+            with ExitStack() as held:
+                held.enter_context(self.admission.slot())
+                checked = await self._read(request, model)
+                work = self._generate(checked, held, arrival)
+                started = await until_disconnect(request.receive, work)
+                if isinstance(started, Response):
+                    return started
+                generation, events, first = started
+                return EventStream(generation, events, first, held.pop_all(), self.settings.send_timeout_s)
+        except (ClientDisconnected, ClientDisconnect):
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    async def _read(self, request: Request, model: type[GenerationRequest]) -> GenerationRequest:
+        body = await read_body(
+            request.stream(),
+            length=request.headers.get("content-length"),
+            max_bytes=self.settings.max_body_bytes,
+            timeout_s=self.settings.body_timeout_s,
+        )
+        check = partial(_check, body, model)
+        checked = check() if len(body) <= INLINE_BYTES else await self._in_thread(check)
+        if checked.model not in (None, self.settings.served_name):
+            raise model_not_found(checked.model or "", self.settings.served_name)
+        check_counts(checked, self.settings)
+        return checked
+
+    async def _generate(
+        self, request: GenerationRequest, held: ExitStack, arrival: float
+    ) -> Response | tuple[Generation, Events, Batch]:
+        """A whole reply, or the beginning of a streamed one: its first outputs, so that an early error has a status."""
+        hello = await self.worker.ready(self._time_left(arrival))
+        texts = await self._encode(request)
+        reply_id = f"{'chatcmpl' if isinstance(request, ChatCompletionRequest) else 'cmpl'}-{uuid.uuid4().hex}"
+        timeout_s = self._time_left(arrival)
+        submits = make_submits(
+            request, texts, reply_id=reply_id, hello=hello, settings=self.settings, timeout_s=timeout_s
+        )
+        job = Job(reply_id, int(time.time()), self.settings.served_name, request, texts.prompts, submits)
+        self.metrics.prompt_tokens.observe(job.num_prompt_tokens)
+        timer = GenerationTimer(self.metrics, arrival=arrival, num_choices=len(submits))
+        generation = held.enter_context(self.worker.submit(submits, timeout_s=timeout_s, observer=timer))
+        if not request.stream:
+            return JSONBytes(await complete_body(generation, job, self.tokenizer))
+        return generation, self._events(job), await generation.read()
+
+    def _time_left(self, arrival: float) -> float:
+        left = arrival + self.settings.request_timeout_s - time.perf_counter()
+        if left <= 0:
+            raise DeadlineError(f"the request took longer than {self.settings.request_timeout_s:g} s")
+        return left
+
+    def _events(self, job: Job) -> Events:
+        if isinstance(job.request, ChatCompletionRequest):
+            return ChatEvents(job, job.request)
+        assert isinstance(job.request, CompletionRequest)
+        return CompletionEvents(job, job.request, self.tokenizer)
+
+    async def _encode(self, request: GenerationRequest) -> Texts:
+        chat_text = None
+        if isinstance(request, ChatCompletionRequest):
+            limit_s = self.settings.template_timeout_s + FLUSH_S  # the template's own bound comes first, mostly
+            try:
+                async with asyncio.timeout(limit_s):
+                    chat_text = await self._in_thread(partial(render_chat, request, self.template))
+            except TimeoutError:
+                raise InvalidValueError(
+                    f"the chat template took longer than {limit_s:g} s for these messages", param="messages"
+                ) from None
+        work = partial(encode, request, self.tokenizer, chat_text)
+        return work() if num_chars(request, chat_text) <= INLINE_CHARS else await self._in_thread(work)
+
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+
+def model_not_found(asked: str, served: str) -> ModelNotFoundError:
+    return ModelNotFoundError(f"the model {asked!r:.200} is not served here; {served!r} is", param="model")
+
+
+def _check(body: bytes, model: type[GenerationRequest]) -> GenerationRequest:
+    return validate(model, parse_object(body))

@@ -1,0 +1,69 @@
+"""What the gateway is told when it is made. Frozen; nothing here reads the environment."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cluster.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What a sampling field is where the request gives none."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def from_checkpoint(cls, model_path: Path) -> SamplingDefaults:
+        """The defaults of a checkpoint's `generation_config.json`; our own where it has none.
+
+        Raises `CheckpointError` naming a field that is out of range.
+        """
+        path = model_path / "generation_config.json"
+        if not path.is_file():
+            return cls()
+        try:
+            config = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{path} is not a JSON object")
+        bounds = {
+            "temperature": (0.0, 100.0),
+            "top_p": (math.ulp(0.0), 1.0),
+            "top_k": (0, 2**31),
+            "min_p": (0.0, 1.0),
+            "repetition_penalty": (math.ulp(0.0), 100.0),
+        }
+        given = {name: config[name] for name in bounds if config.get(name) is not None}
+        for name, value in given.items():
+            low, high = bounds[name]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise CheckpointError(f"{path}: {name} must be a number in [{low:g}, {high:g}], got {value!r}")
+        return replace(cls(), **{name: int(value) if name == "top_k" else value for name, value in given.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """One served model and the bounds that its callers meet."""
+
+    served_name: str
+    model_path: Path  # tokenizer.json, tokenizer_config.json and the chat template are read from here
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
+    request_timeout_s: float = 600.0  # from a request's arrival to its last token, waiting for a worker included
+    drain_timeout_s: float = 10.0
+    max_open_requests: int = 1024  # over it: 429
+    max_choices: int = 128  # `n`
+    max_sequences: int = 1024  # prompts x n of one request
+    max_body_bytes: int = 32 * 2**20
+    body_timeout_s: float = 30.0
+    send_timeout_s: float = 30.0  # a client that takes nothing for this long is cut
+    template_timeout_s: float = 5.0
+    max_rendered_chars: int = 8 * 2**20  # of a chat template's output

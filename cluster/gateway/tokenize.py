@@ -1,0 +1,47 @@
+"""Text to token ids and back, by the checkpoint's own `tokenizer.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from cluster.errors import CheckpointError
+
+
+class TextTokenizer:
+    """A `tokenizers.Tokenizer` without truncation or padding. Thread-safe; a long text takes a while (no asyncio)."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._special_ids = frozenset(
+            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        )
+
+    @classmethod
+    def from_checkpoint(cls, model_path: Path) -> TextTokenizer:
+        """Raises `CheckpointError` where `tokenizer.json` is missing or cannot be read."""
+        path = model_path / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: convert the tokenizer with transformers' save_pretrained")
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    def encode(self, text: str, *, special_tokens: bool) -> list[int]:
+        """The ids of `text`; `special_tokens` lets the post-processor add its own (BOS …)."""
+        return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
+
+    def word_sequences(self, word: str) -> list[tuple[int, ...]]:
+        """The token sequences that `word` can begin with in running text: as it is, and after a space."""
+        forms = (self.encode(text, special_tokens=False) for text in (word, " " + word.lstrip()))
+        return list(dict.fromkeys(tuple(ids) for ids in forms if ids))

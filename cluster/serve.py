@@ -1,0 +1,229 @@
+"""`foretoken serve`: a worker process, the gateway in front of it, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import uvicorn
+from rich.console import Console
+
+from cluster import logs
+from cluster.config import Settings
+from cluster.control.launch import WorkerProcess, local_worker, socket_folder
+from cluster.control.model import Model, find_model
+from cluster.errors import ConfigError
+from cluster.gateway.client import WorkerClient
+from cluster.gateway.settings import GatewaySettings, SamplingDefaults
+from cluster.protocol import Hello
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+FLUSH_S = 1.0  # for the last replies after the drain's end
+HTTP_STOP_TIMEOUT_S = 3  # a connection that is still open then is cut
+WORKER_STOP_TIMEOUT_S = 5.0  # it has nothing left to run by then
+EXIT_AT_ONCE = 130  # as a shell shows an interrupt
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def run(settings: Settings) -> int:
+    """Serve until a signal; returns the exit code. Raises `ForetokenError` for what stands in the way."""
+    logs.configure(settings.log_level, settings.log_format)
+    started = time.monotonic()
+    with listen(settings.host, settings.port) as listener:
+        model = find_model(settings)
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(serve(settings, model, listener, started))
+    return 0
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's, where there is one."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 is any free one. Raises `ConfigError` naming the address."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+    except socket.gaierror as error:
+        raise ConfigError(f"host {host!r} is no address of this machine: {error.strerror}", param="host") from None
+    listener = socket.socket(family, kind)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            message = f"port {port} on {host} is in use: end what uses it, or choose another with --port"
+            raise ConfigError(message, param="port") from None
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}", param="host") from None
+    return listener
+
+
+def base_url(listener: socket.socket) -> str:
+    """Where a client on this machine reaches the listener: a wildcard address is shown as the loopback one."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without signal handlers of its own: an end is ours to order."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(settings: Settings, model: Model, listener: socket.socket, started: float) -> None:
+    """Run worker and gateway until the first signal, then let what runs finish and end both.
+
+    Raises `WorkerLostError` or `DeadlineError` when no worker can be had.
+    """
+    with socket_folder() as folder:
+        worker = local_worker(settings, model.path, model.name, folder)
+        stop = asyncio.Event()
+        _on_signals(stop, lambda: _end_at_once(worker, folder))
+        client = WorkerClient(worker.launch.address)
+        supervise = asyncio.create_task(_supervise(worker, client, settings, listener, started))
+        try:
+            await asyncio.sleep(0)  # the worker begins to load while we import and make the gateway
+            await _serve_http(settings, model, client, listener, stop, supervise)
+        finally:
+            await worker.stop(WORKER_STOP_TIMEOUT_S)
+            await asyncio.gather(supervise, return_exceptions=True)
+
+
+async def _serve_http(
+    settings: Settings,
+    model: Model,
+    client: WorkerClient,
+    listener: socket.socket,
+    stop: asyncio.Event,
+    supervise: asyncio.Task[None],
+) -> None:
+    """The gateway, until `stop` or until there can be no worker (which is raised)."""
+    from cluster.gateway.app import create_app
+
+    app = create_app(gateway_settings(settings, model), client)
+    gateway = app.state.gateway
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=HTTP_STOP_TIMEOUT_S,
+        )
+    )
+    http = asyncio.create_task(server.serve(sockets=[listener]))
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({supervise, http, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if supervise.done():
+            await supervise  # raises why there is no worker
+        if stop.is_set():
+            logger.info(
+                "stopping: what runs may take %g s more; a second signal ends at once", settings.drain_timeout_s
+            )
+            gateway.begin_drain()
+            await gateway.admission.wait_idle(settings.drain_timeout_s + FLUSH_S)
+    finally:
+        stopped.cancel()
+        server.should_exit = True
+        await http
+
+
+def gateway_settings(settings: Settings, model: Model) -> GatewaySettings:
+    """What the gateway is told of the settings, with the checkpoint's sampling defaults."""
+    return GatewaySettings(
+        served_name=model.name,
+        model_path=model.path,
+        sampling_defaults=SamplingDefaults.from_checkpoint(model.path),
+        request_timeout_s=settings.request_timeout_s,
+        drain_timeout_s=settings.drain_timeout_s,
+        max_open_requests=settings.max_open_requests,
+    )
+
+
+def _on_signals(stop: asyncio.Event, at_once: Callable[[], None]) -> None:
+    for number in SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, lambda: at_once() if stop.is_set() else stop.set())
+
+
+def _end_at_once(worker: WorkerProcess, folder: Path) -> None:
+    worker.kill()
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(EXIT_AT_ONCE)
+
+
+async def _supervise(
+    worker: WorkerProcess, client: WorkerClient, settings: Settings, listener: socket.socket, started: float
+) -> None:
+    """Start the worker, say so when it serves, and keep it alive."""
+    await worker.start()
+    hello = await client.ready(settings.start_timeout_s)
+    announce(hello, base_url(listener), settings, time.monotonic() - started)
+    await worker.watch()
+
+
+def announce(hello: Hello, url: str, settings: Settings, start_s: float) -> None:
+    """The start-up summary: a few lines on a terminal, log lines otherwise."""
+    experts = f", {hello.num_experts} experts a layer" if hello.num_experts else ""
+    facts = {
+        "model": f"{hello.served_name}: {hello.model_type}, {_count(hello.num_parameters)} parameters, "
+        f"{hello.num_layers} layers{experts}",
+        "context": f"{hello.max_model_len} tokens",
+        "engine": f"numerics {hello.numerics}, at most {settings.max_num_seqs} sequences at once",
+        "KV cache": f"{hello.num_pages} pages of {hello.page_size} positions",
+    }
+    curl = curl_line(url, hello.served_name)
+    if settings.log_format == "json" or not sys.stdout.isatty():
+        for name, value in facts.items():
+            logger.info("%s: %s", name, value)
+        logger.info("ready on %s after %.1f s; try: %s", url, start_s, curl)
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"\n[bold green]Ready[/] on [bold]{url}/v1[/] after {start_s:.1f} s\n")
+    for name, value in facts.items():
+        console.print(f"  [dim]{name:<9}[/]{value}")
+    console.print("\nTry:", curl, sep="\n", markup=False)
+    console.print("\n[dim]Ctrl-C ends it; running requests may finish.[/]\n")
+
+
+def _count(number: int) -> str:
+    for unit, name in ((10**9, "B"), (10**6, "M")):
+        if number >= unit:
+            return f"{number / unit:.3g} {name}"
+    return str(number)
+
+
+def curl_line(url: str, served_name: str) -> str:
+    """A request that anyone can paste into a shell."""
+    body = json.dumps(
+        {"model": served_name, "stream": True, "messages": [{"role": "user", "content": "What is a walnut?"}]}
+    ).replace("'", "'\\''")
+    return f"curl -sN {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"

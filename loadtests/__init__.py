@@ -1,0 +1,1 @@
+"""Load on a running server, and comparisons with other programs on the same machine."""

@@ -1,0 +1,84 @@
+"""`foretoken` with a scripted worker process in place of the engine: everything else is the real thing.
+
+``python -m tests.support.scripted_process serve …`` runs the command line; its worker is this module with ``worker``
+as its only argument, a `ScriptedWorker` behind the launcher's real seam. The environment says how it behaves:
+SCRIPTED_MODEL is the folder with the tokenizer's files, served where no model is named (`save_tokenizer` makes one);
+SCRIPTED_GATE names a file, and no token flows before it exists; SCRIPTED_REFUSAL is why it cannot start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+
+from cluster.protocol import Launch
+from tests.support.scripted_worker import ScriptedWorker, byte_tokenizer, hello
+
+POLL_S = 0.01
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """What the gateway reads of a checkpoint."""
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    (folder / "config.json").write_text("{}")
+
+
+async def _serve(launch: Launch) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    worker = ScriptedWorker(launch.address)
+    worker.hello = hello(served_name=launch.served_name, worker_id=str(os.getpid()))
+    await worker.start()
+    gate = asyncio.create_task(_open_gate(worker, os.environ.get("SCRIPTED_GATE", "")))
+    await stop.wait()
+    gate.cancel()
+    await worker.kill()
+
+
+async def _open_gate(worker: ScriptedWorker, path: str) -> None:
+    if path:
+        worker.gate.clear()
+        while not Path(path).exists():
+            await asyncio.sleep(POLL_S)
+        worker.gate.set()
+
+
+def _run_worker() -> None:
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        line += os.read(0, 1)
+    launch = msgspec.json.decode(line, type=Launch)
+    if refusal := os.environ.get("SCRIPTED_REFUSAL"):
+        print(f"error: {refusal}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(0)), daemon=True).start()
+    asyncio.run(_serve(launch))
+
+
+def main() -> None:
+    if sys.argv[1:] == ["worker"]:
+        _run_worker()
+        return
+    from cluster import cli
+    from cluster.control import launch, model
+
+    model.DEMO_PATH = Path(os.environ["SCRIPTED_MODEL"])
+    launch.COMMAND = (sys.executable, "-m", "tests.support.scripted_process", "worker")
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

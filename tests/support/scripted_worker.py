@@ -1,0 +1,250 @@
+"""A worker without a model: a gRPC server in this process that speaks `cluster.protocol` and says what it is told.
+
+Every byte is a token (`byte_tokenizer`), so texts and token ids can be read off each other. One `StepOutput` a step
+for all that runs, one token each, as fast as the gate lets it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+import msgspec
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from cluster.protocol import (
+    PROTOCOL_VERSION,
+    SERVICE,
+    Abort,
+    EngineState,
+    Finish,
+    Hello,
+    RequestOutput,
+    StepOutput,
+    Submit,
+    TokenLogprobs,
+    TopLogprob,
+    ToWorker,
+)
+
+BEGIN, END = "<|endoftext|>", "<|im_end|>"
+SPECIAL = (BEGIN, "<|im_start|>", END)
+NUM_BYTES = 256
+BEGIN_ID = NUM_BYTES
+END_ID = NUM_BYTES + SPECIAL.index(END)
+VOCAB_SIZE = NUM_BYTES + len(SPECIAL)
+DEADLINE_S = 20.0  # of every wait in a test
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(ToWorker).decode
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Byte-level BPE without merges: the id of a byte is its value, the special tokens follow; texts begin with one."""
+    letters = _byte_letters()
+    tokenizer = Tokenizer(BPE(vocab={letter: byte for byte, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, BEGIN_ID)])
+    return tokenizer
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's printable letter for each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {byte: chr(byte) for byte in printable}
+    rest = (byte for byte in range(NUM_BYTES) if byte not in letters)
+    letters |= {byte: chr(NUM_BYTES + place) for place, byte in enumerate(rest)}
+    return [letters[byte] for byte in range(NUM_BYTES)]
+
+
+def token_bytes(token_id: int) -> bytes:
+    return bytes([token_id]) if token_id < NUM_BYTES else SPECIAL[token_id - NUM_BYTES].encode()
+
+
+def text_ids(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def hello(**changes: Any) -> Hello:
+    values: dict[str, Any] = {
+        "version": PROTOCOL_VERSION,
+        "worker_id": "worker-1",
+        "served_name": "scripted",
+        "max_model_len": 512,
+        "vocab_size": VOCAB_SIZE,
+        "eos_token_ids": (END_ID,),
+        "numerics": "invariant",
+        "num_pages": 64,
+        "page_size": 64,
+        "model_type": "scripted",
+        "num_parameters": 0,
+        "num_experts": 0,
+        "num_layers": 0,
+    }
+    return Hello(**(values | changes))
+
+
+def say(text: str) -> Callable[[Submit], list[int]]:
+    """A model that answers everything with `text` and ends."""
+    return lambda submit: [*text_ids(text), END_ID]
+
+
+@dataclass
+class _Sequence:
+    submit: Submit
+    answer: list[int]
+    sent: int = 0
+    held: str = ""  # text not yet released, where there are stop strings
+    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+
+    def step(self) -> RequestOutput:
+        """The next token; the last one has the finish."""
+        stopping, first = self.submit.stopping, self.sent == 0
+        prompt_logprobs = self._prompt_logprobs() if first else None
+        cached = len(self.submit.prompt_ids) // 64 * 64 if first else 0
+        base: dict[str, Any] = {
+            "request_id": self.submit.request_id,
+            "index": self.sent,
+            "cached_tokens": cached,
+            "prompt_logprobs": prompt_logprobs,
+        }
+        if stopping.max_tokens == 0:
+            return RequestOutput(**base, finish=Finish(reason="length"))
+        token_id = self.answer[self.sent] if self.sent < len(self.answer) else ord("~")
+        self.sent += 1
+        is_end = token_id == END_ID and not stopping.ignore_eos and self.sent > stopping.min_tokens
+        hidden = token_id >= NUM_BYTES and stopping.skip_special_tokens
+        self.held += "" if hidden else self.decoder.decode(token_bytes(token_id))
+        finish = Finish(reason="stop") if is_end else None
+        matched = next((stop for stop in stopping.stop if stop in self.held), None)
+        if matched is not None:
+            self.held = self.held[: self.held.index(matched) + (len(matched) if stopping.include_stop else 0)]
+            finish = Finish(reason="stop", stop_reason=matched)
+        elif token_id in stopping.stop_token_ids:
+            finish = Finish(reason="stop", stop_reason=token_id)
+        elif finish is None and self.sent >= stopping.max_tokens:
+            finish = Finish(reason="length")
+        text = self.held if finish is not None or not stopping.stop else ""
+        self.held = self.held[len(text) :]
+        num_top = self.submit.sampling.logprobs
+        logprobs = [] if num_top is None else [_logprobs(token_id, num_top)]
+        return RequestOutput(**base, token_ids=[token_id], text=text, logprobs=logprobs, finish=finish)
+
+    def _prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        num_top = self.submit.sampling.prompt_logprobs
+        if num_top is None:
+            return None
+        return [None, *(_logprobs(token_id, num_top) for token_id in self.submit.prompt_ids[1:])]
+
+
+def _logprobs(token_id: int, num_top: int) -> TokenLogprobs:
+    """The token is the second best: `!` comes before it, then follow the ids from `a`."""
+    ids = [ord("!"), token_id, *range(ord("a"), ord("a") + 20)][:num_top]
+    top = [TopLogprob(token_id=i, token=token_bytes(i), logprob=-0.5 * (n + 1)) for n, i in enumerate(ids)]
+    return TokenLogprobs(token_id=token_id, token=token_bytes(token_id), logprob=-1.0, rank=2, top=top)
+
+
+class ScriptedWorker:
+    """Serves on `address` from `start` to `kill`; the lists record what it was told over all its lives."""
+
+    def __init__(self, address: str, answer: Callable[[Submit], list[int]] | None = None) -> None:
+        self.address = address
+        self.answer = answer or say("Hello, wörld! 🦀")
+        self.hello = hello()
+        self.state = EngineState(worker_id="worker-1", num_running=3, pages_total=64, pages_free=48, generated_tokens=7)
+        self.submits: list[Submit] = []
+        self.aborts: list[str] = []
+        self.gate = asyncio.Event()  # tokens flow while it is set
+        self.gate.set()
+        self.raw: Callable[[Submit], list[RequestOutput]] | None = None  # what is sent instead, as it is
+        self._changed = asyncio.Condition()
+        self._running: dict[str, _Sequence] = {}
+        self._work = asyncio.Event()
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        self._server = grpc.aio.server()
+        handlers = {
+            "Stream": grpc.stream_stream_rpc_method_handler(self._stream),
+            "State": grpc.unary_unary_rpc_method_handler(self._state),
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        self._server.add_insecure_port(self.address)
+        await self._server.start()
+
+    async def kill(self) -> None:
+        """End at once, as a process that dies."""
+        if self._server is not None:
+            await self._server.stop(None)
+            self._server = None
+        self._running.clear()
+
+    async def restart(self, worker_id: str = "worker-2") -> None:
+        self.hello = hello(worker_id=worker_id)
+        await self.start()
+
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Until something that this worker was told makes `condition` true."""
+        async with asyncio.timeout(DEADLINE_S), self._changed:
+            await self._changed.wait_for(condition)
+
+    async def wait_for_submits(self, num: int = 1) -> list[Submit]:
+        await self.wait_until(lambda: len(self.submits) >= num)
+        return self.submits
+
+    async def wait_for_aborts(self, num: int = 1) -> list[str]:
+        await self.wait_until(lambda: len(self.aborts) >= num)
+        return self.aborts
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    async def _state(self, request: bytes, context: Any) -> bytes:
+        return _encode(self.state)
+
+    async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        await context.write(_encode(self.hello))
+        steps = asyncio.create_task(self._steps(context))
+        try:
+            async for raw in requests:
+                await self._take(_decode(raw), context)
+        finally:
+            steps.cancel()
+            self._running.clear()
+
+    async def _take(self, message: ToWorker, context: Any) -> None:
+        if isinstance(message, Submit):
+            self.submits.append(message)
+            if self.raw is not None:
+                for output in self.raw(message):
+                    await context.write(_encode(StepOutput(outputs=[output])))
+            else:
+                self._running[message.request_id] = _Sequence(message, self.answer(message))
+                self._work.set()
+        elif isinstance(message, Abort):
+            self._running.pop(message.request_id, None)
+            self.aborts.append(message.request_id)
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _steps(self, context: Any) -> None:
+        while True:
+            await self._work.wait()
+            await self.gate.wait()
+            outputs = [sequence.step() for sequence in self._running.values()]
+            for output in outputs:
+                if output.finish is not None:
+                    del self._running[output.request_id]
+            if not self._running:
+                self._work.clear()
+            if outputs:
+                await context.write(_encode(StepOutput(outputs=outputs)))

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster import cli
+from cluster.config import Settings, flag_name
+from cluster.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def _foretoken(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("FORETOKEN_")}
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=ROOT,
+        env=clean | dict(environment or {}),
+    )
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+    """The settings that `serve` was called with; no server is started."""
+    import cluster.serve
+
+    calls: list[Settings] = []
+    monkeypatch.setattr(cluster.serve, "run", lambda settings: calls.append(settings) or 0)
+    return calls
+
+
+def test_help_lists_the_commands() -> None:
+    shown = _foretoken("--help")
+    assert shown.returncode == 0
+    for command in ("serve", "generate", "doctor", "bench"):
+        assert command in shown.stdout
+
+
+def test_help_imports_neither_torch_nor_the_gateway() -> None:
+    program = "import sys, cluster.cli; print([n for n in ('torch', 'grpc', 'fastapi', 'uvicorn') if n in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_every_setting_but_the_datas_folder_is_a_flag_of_serve(served: list[Settings]) -> None:
+    shown = CliRunner().invoke(cli.app, ["serve", "--help"], terminal_width=200).stdout
+    for name in set(Settings.model_fields) - {"model", "data"}:
+        assert flag_name(name) in shown, name
+
+
+def test_serve_passes_flags_over_the_file(served: list[Settings], tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text("port: 1234\nmax_num_seqs: 5\n")
+    arguments = [
+        "serve",
+        "org/model",
+        "--port",
+        "0",
+        "--drain-timeout",
+        "2.5",
+        "--no-prefix-cache",
+        "--config",
+        str(config),
+    ]
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 0
+    (settings,) = served
+    assert (settings.model, settings.port, settings.max_num_seqs) == ("org/model", 0, 5)
+    assert (settings.drain_timeout_s, settings.prefix_cache, settings.log_level) == (2.5, False, "info")
+
+
+def test_serve_without_a_model_leaves_it_to_the_settings(served: list[Settings]) -> None:
+    assert CliRunner().invoke(cli.app, ["serve"], env={"FORETOKEN_MODEL": "from/environment"}).exit_code == 0
+    assert served[0].model == "from/environment"
+
+
+def test_a_bad_value_is_one_line_and_exit_code_1() -> None:
+    shown = _foretoken("serve", "--device", "gpu")
+    assert shown.returncode == 1
+    assert shown.stdout == ""
+    assert shown.stderr.startswith("Error: device = 'gpu' (from --device)")
+    assert shown.stderr.count("\n") == 1
+
+
+def test_an_unknown_option_is_a_usage_error() -> None:
+    assert _foretoken("serve", "--colour", "red").returncode == 2
+
+
+def test_doctor_shows_where_settings_come_from(tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text("port: 1234\n")
+    shown = _foretoken("doctor", "--config", str(config), environment={"FORETOKEN_MAX_NUM_SEQS": "3"})
+    assert shown.returncode == 0
+    lines = {line.split()[0]: line.split()[1:] for line in shown.stdout.splitlines()}
+    assert lines["port"] == ["1234", str(config)]
+    assert lines["max_num_seqs"] == ["3", "FORETOKEN_MAX_NUM_SEQS"]
+    assert lines["host"] == ["127.0.0.1", "default"]
+
+
+def test_doctor_config_needs_no_file_and_refuses_an_unknown_key(tmp_path: Path) -> None:
+    assert _foretoken("doctor", "--config").returncode == 0
+    config = tmp_path / "serve.yaml"
+    config.write_text("prot: 1234\n")
+    shown = _foretoken("doctor", "--config", str(config))
+    assert shown.returncode == 1
+    assert "unknown key 'prot'; did you mean 'port'?" in shown.stderr
+
+
+def test_doctor_examines_the_machine_and_exits_0() -> None:
+    shown = _foretoken("doctor")
+    assert shown.returncode == 0
+    for what in ("processor", "memory", "Python", "torch", "disk for FORETOKEN_HOME"):
+        assert what in shown.stdout
+
+
+def test_generate_refuses_what_the_api_refuses() -> None:
+    shown = _foretoken("generate", "--prompt", "a", "--temperature", "nan", "--json")
+    assert shown.returncode == 1
+    assert shown.stdout == ""
+    assert "temperature" in shown.stderr
+
+
+def test_errors_of_ours_reach_main_and_others_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise ConfigError("what to do")
+
+    monkeypatch.setattr(cli, "app", refuse)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    monkeypatch.setattr(cli, "app", lambda: json.loads("{"))
+    with pytest.raises(json.JSONDecodeError):
+        cli.main()

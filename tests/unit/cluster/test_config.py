@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+from pydantic import ValidationError
+
+from cluster.config import Settings, flag_name, load
+from cluster.errors import ConfigError
+from cluster.protocol import Launch
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("FORETOKEN_"):
+            monkeypatch.delenv(name)
+
+
+def _file(folder: Path, text: str) -> Path:
+    path = folder / "serve.yaml"
+    path.write_text(text)
+    return path
+
+
+def _origins(settings: Settings) -> dict[str, str]:
+    return {setting.name: setting.origin for setting in settings.describe()}
+
+
+def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _file(tmp_path, "port: 1\nhost: 0.0.0.0\nmax_num_seqs: 3\n")
+    monkeypatch.setenv("FORETOKEN_PORT", "2")
+    monkeypatch.setenv("FORETOKEN_MAX_NUM_SEQS", "4")
+    settings = load({"port": 5, "token_budget": None}, path)
+    assert (settings.port, settings.max_num_seqs, settings.host, settings.token_budget) == (5, 4, "0.0.0.0", 2048)
+    origins = _origins(settings)
+    assert origins["port"] == "--port"
+    assert origins["max_num_seqs"] == "FORETOKEN_MAX_NUM_SEQS"
+    assert origins["host"] == str(path)
+    assert origins["token_budget"] == "default"
+
+
+def test_describe_shows_each_setting_once_with_its_value() -> None:
+    shown = {
+        setting.name: setting.value for setting in load({"kv_cache_bytes": "2GiB", "prefix_cache": False}).describe()
+    }
+    assert list(shown) == list(Settings.model_fields)
+    assert shown["kv_cache_bytes"] == "2.0GiB"
+    assert shown["prefix_cache"] == "false"
+    assert shown["max_model_len"] == "none"
+
+
+def test_unknown_key_names_itself_and_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'max-num-seq'; did you mean 'max_num_seqs'\?") as caught:
+        load(config=_file(tmp_path, "max-num-seq: 3\n"))
+    assert caught.value.param == "max-num-seq"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("port", 70000), ("device", "gpu"), ("drain_timeout_s", float("nan")), ("log_level", "loud"), ("num_threads", 0)],
+)
+def test_bad_value_names_key_value_and_origin(name: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load({name: value})
+    assert caught.value.param == name
+    assert repr(value) in caught.value.message
+    assert f"from {flag_name(name)}" in caught.value.message
+
+
+def test_a_flag_is_the_settings_name_without_its_unit() -> None:
+    assert flag_name("max_num_seqs") == "--max-num-seqs"
+    assert flag_name("drain_timeout_s") == "--drain-timeout"
+
+
+def test_bad_value_in_the_environment_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORETOKEN_TOKEN_BUDGET", "many")
+    with pytest.raises(ConfigError, match=r"token_budget = 'many' \(from FORETOKEN_TOKEN_BUDGET\)"):
+        load()
+
+
+@pytest.mark.parametrize("text", ["- a list\n", "port: [\n", "\x00"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"serve\.yaml"):
+        load(config=_file(tmp_path, text))
+
+
+def test_a_missing_file_is_an_error_and_an_empty_one_is_not(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(config=tmp_path / "none.yaml")
+    assert load(config=_file(tmp_path, "# nothing\n")) == load()
+
+
+def test_yaml_tags_build_no_objects(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load(config=_file(tmp_path, "host: !!python/object/apply:os.getcwd []\n"))
+
+
+def test_settings_are_frozen_and_the_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORETOKEN_HOME", "~/here")
+    settings = load()
+    assert settings.home == Path.home() / "here"
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.port = 1  # type: ignore[misc]
+
+
+def test_the_shipped_file_is_valid_and_says_the_defaults() -> None:
+    path = Path(__file__).resolve().parents[3] / "configs" / "serve.yaml"
+    settings = load(config=path)
+    assert settings.model_dump() == load().model_dump()
+    assert set(_origins(settings).values()) == {str(path), "default"}
+
+
+def test_defaults_agree_with_the_launch_message() -> None:
+    launch = {field.name: field.default for field in msgspec.structs.fields(Launch)}
+    shared = set(launch) & set(Settings.model_fields)
+    assert len(shared) >= 10
+    assert {name: Settings.model_fields[name].default for name in shared} == {name: launch[name] for name in shared}

@@ -1,0 +1,293 @@
+"""`foretoken serve` as a process, with a scripted worker process in place of the engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.config import load
+from cluster.control.launch import PACKAGES
+from cluster.control.model import Model, default_name
+from cluster.errors import ConfigError
+from cluster.protocol import Hello
+from cluster.serve import announce, base_url, curl_line, gateway_settings, listen
+from tests.support.processes import has_ended, wait_for_end
+from tests.support.scripted_process import save_tokenizer
+
+DEADLINE_S = 30.0
+ANSWER = "Hello, wörld! 🦀"
+CHAT = {"model": "foretoken-demo", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+@dataclass
+class Served:
+    """A running `foretoken serve` and what it has said so far."""
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+    url: str = ""
+    _said: threading.Condition = field(default_factory=threading.Condition)
+
+    def listen_to(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._said:
+                self.lines.append(line)
+                self._said.notify_all()
+        with self._said:
+            self.lines.append("(end)")
+            self._said.notify_all()
+
+    def wait_for(self, text: str, after: int = 0) -> str:
+        """The first line that has `text`."""
+        found: list[str] = []
+
+        def is_said() -> bool:
+            found[:] = [line for line in self.lines[after:] if text in line]
+            return bool(found) or "(end)" in self.lines
+
+        with self._said:
+            assert self._said.wait_for(is_said, DEADLINE_S), f"{text!r} was not said: {self.lines}"
+        assert found, f"{text!r} was not said: {self.lines}"
+        return found[0]
+
+    def worker_pid(self) -> int:
+        words = [line for line in self.lines if " serves " in line][-1].split()
+        return int(words[words.index("worker") + 1])
+
+    def signal(self, number: int = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        return self.process.wait(DEADLINE_S)
+
+
+Start = Callable[..., Served]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    save_tokenizer(tmp_path)
+    with ExitStack() as stack:
+
+        def run(*arguments: str, wait: bool = True, **environment: str) -> Served:
+            clean = {name: value for name, value in os.environ.items() if not name.startswith("FORETOKEN_")}
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.scripted_process", "serve", "--port", "0", *arguments],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=PACKAGES,
+                env=clean | {"SCRIPTED_MODEL": str(tmp_path)} | environment,
+            )
+            stack.enter_context(process)  # closes the pipe and waits
+            stack.callback(process.kill)
+            served = Served(process)
+            reader = threading.Thread(target=served.listen_to)
+            reader.start()
+            stack.callback(reader.join)
+            stack.callback(process.kill)
+            if wait:
+                served.url = served.wait_for("ready on ").split("ready on ")[1].split()[0]
+            return served
+
+        yield run
+
+
+def test_serves_until_sigterm_then_ends_every_child_with_exit_code_0(start: Start) -> None:
+    served = start()
+    answer = httpx.post(f"{served.url}/v1/chat/completions", json=CHAT, timeout=DEADLINE_S).json()
+    assert answer["choices"][0]["message"]["content"] == ANSWER
+    worker_pid = served.worker_pid()
+    served.signal()
+    assert served.wait() == 0
+    assert has_ended(worker_pid)
+    served.wait_for("(end)")
+    assert not [line for line in served.lines if "Traceback" in line or "ERROR" in line]
+
+
+def test_ctrl_c_lets_a_stream_finish_and_admits_nothing_more(start: Start, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    served = start(SCRIPTED_GATE=str(gate))
+    with ExitStack() as stack:
+        client = stack.enter_context(httpx.Client(base_url=served.url, timeout=DEADLINE_S))
+        replies: list[str] = []
+        running = threading.Thread(
+            target=lambda: replies.append(client.post("/v1/chat/completions", json=CHAT | {"stream": True}).text)
+        )
+        running.start()
+        _wait_for_open_requests(client, 1)
+        served.signal(signal.SIGINT)
+        served.wait_for("stopping")
+        refused = client.post("/v1/chat/completions", json=CHAT)
+        assert refused.status_code == 503
+        assert client.get("/health/ready").status_code == 503
+        assert client.get("/health/live").status_code == 200
+        gate.touch()
+        running.join(DEADLINE_S)
+        assert replies[0].rstrip().endswith("data: [DONE]")
+    assert served.wait() == 0
+
+
+def test_what_outlasts_the_drain_ends_with_an_error(start: Start, tmp_path: Path) -> None:
+    served = start("--drain-timeout", "0.2", SCRIPTED_GATE=str(tmp_path / "never"))
+    with httpx.Client(base_url=served.url, timeout=DEADLINE_S) as client:
+        replies: list[httpx.Response] = []
+        running = threading.Thread(target=lambda: replies.append(client.post("/v1/chat/completions", json=CHAT)))
+        running.start()
+        _wait_for_open_requests(client, 1)
+        served.signal()
+        running.join(DEADLINE_S)
+        assert replies[0].status_code == 503
+        assert "shut down" in replies[0].json()["error"]["message"]
+    assert served.wait() == 0
+
+
+def test_a_second_signal_ends_at_once(start: Start, tmp_path: Path) -> None:
+    served = start("--drain-timeout", "600", SCRIPTED_GATE=str(tmp_path / "never"))
+    worker_pid = served.worker_pid()
+    with httpx.Client(base_url=served.url, timeout=DEADLINE_S) as client:
+        running = threading.Thread(target=_ignore_errors, args=(client,))
+        running.start()
+        _wait_for_open_requests(client, 1)
+        served.signal()
+        served.wait_for("stopping")
+        served.signal()
+        assert served.wait() == 130
+        running.join(DEADLINE_S)
+    wait_for_end(worker_pid, DEADLINE_S)
+
+
+def _ignore_errors(client: httpx.Client) -> None:
+    with pytest.raises(httpx.HTTPError):
+        client.post("/v1/chat/completions", json=CHAT)
+
+
+def _wait_for_open_requests(client: httpx.Client, number: int) -> None:
+    line = f'foretoken:http_open_requests{{model_name="foretoken-demo"}} {number:.1f}'
+    deadline = time.monotonic() + DEADLINE_S
+    while line not in client.get("/metrics").text:
+        assert time.monotonic() < deadline, f"there were never {number} open requests"
+
+
+def test_a_dead_worker_costs_its_requests_one_error_event_and_is_replaced(start: Start, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    served = start(SCRIPTED_GATE=str(gate))
+    first_pid = served.worker_pid()
+    with httpx.Client(base_url=served.url, timeout=DEADLINE_S) as client:
+        replies: list[str] = []
+        body = CHAT | {"stream": True}
+        running = threading.Thread(target=lambda: replies.append(client.post("/v1/chat/completions", json=body).text))
+        running.start()
+        _wait_for_open_requests(client, 1)
+        gate_line = len(served.lines)
+        os.kill(first_pid, signal.SIGKILL)
+        running.join(DEADLINE_S)
+        assert "worker_lost" in replies[0]
+        assert "[DONE]" not in replies[0]
+        gate.touch()
+        assert client.post("/v1/chat/completions", json=CHAT).json()["choices"][0]["message"]["content"] == ANSWER
+        served.wait_for("signal 9 (Killed", after=gate_line)
+    assert served.worker_pid() != first_pid
+    served.signal()
+    assert served.wait() == 0
+
+
+def test_a_worker_that_cannot_start_is_the_servers_error(start: Start) -> None:
+    served = start(wait=False, SCRIPTED_REFUSAL="config.json: no field 'rope'")
+    assert served.wait() == 1
+    assert served.wait_for("Error: ") == "Error: config.json: no field 'rope'\n"
+    served.wait_for("(end)")
+    assert not [line for line in served.lines if "Traceback" in line]
+
+
+def test_a_port_in_use_is_one_line(start: Start) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        served = start("--port", str(port), wait=False)
+        assert served.wait() == 1
+    served.wait_for("(end)")
+    assert served.lines[:-1] == [
+        f"Error: port {port} on 127.0.0.1 is in use: end what uses it, or choose another with --port\n"
+    ]
+
+
+def test_json_logs_are_json_on_every_line(start: Start) -> None:
+    served = start("--log-format", "json", wait=False)
+    ready = json.loads(served.wait_for("ready on "))
+    assert ready["logger"] == "cluster.serve"
+    served.signal()
+    assert served.wait() == 0
+    served.wait_for("(end)")
+    assert all(json.loads(line)["level"] == "info" for line in served.lines[:-1])
+
+
+# ------------------------------------------------------------------------------------------------------ the parts
+
+
+def test_listen_takes_the_port_at_once() -> None:
+    with listen("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        assert base_url(first) == f"http://127.0.0.1:{port}"
+        with pytest.raises(ConfigError, match="is in use") as caught:
+            listen("127.0.0.1", port)
+        assert caught.value.param == "port"
+
+
+def test_listen_on_every_address_shows_the_loopback_one() -> None:
+    with listen("0.0.0.0", 0) as listener:
+        assert base_url(listener).startswith("http://127.0.0.1:")
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
+def test_listen_names_a_host_that_is_not_ours(host: str) -> None:
+    with pytest.raises(ConfigError, match=host) as caught:
+        listen(host, 0)
+    assert caught.value.param == "host"
+
+
+def test_the_curl_line_survives_a_name_with_quotes() -> None:
+    line = curl_line("http://127.0.0.1:8000", 'it\'s "mine"')
+    body = subprocess.run(
+        ["sh", "-c", f"printf %s {line.split(' -d ')[1]}"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(body.stdout)["model"] == 'it\'s "mine"'
+
+
+def test_the_summary_off_a_terminal_is_log_lines(caplog: pytest.LogCaptureFixture) -> None:
+    hello = Hello(
+        version=1, worker_id="w", served_name="m", max_model_len=4096, vocab_size=8, eos_token_ids=(2,),
+        numerics="invariant", num_pages=9, page_size=64, model_type="qwen3_moe", num_parameters=11_600_000,
+        num_experts=64, num_layers=8,
+    )  # fmt: skip
+    with caplog.at_level("INFO"):
+        announce(hello, "http://127.0.0.1:1", load(), 3.21)
+    text = "\n".join(caplog.messages)
+    assert "m: qwen3_moe, 11.6 M parameters, 8 layers, 64 experts a layer" in text
+    assert "ready on http://127.0.0.1:1 after 3.2 s; try: curl -sN http://127.0.0.1:1/v1/chat/completions" in text
+
+
+def test_the_gateway_is_told_the_settings(tmp_path: Path) -> None:
+    settings = load({"drain_timeout_s": 1.5, "request_timeout_s": 7, "max_open_requests": 3})
+    told: Any = gateway_settings(settings, Model("m", tmp_path))
+    assert (told.served_name, told.model_path) == ("m", tmp_path)
+    assert (told.drain_timeout_s, told.request_timeout_s, told.max_open_requests) == (1.5, 7, 3)
+
+
+def test_a_folder_goes_by_its_name_and_an_id_by_itself(tmp_path: Path) -> None:
+    assert default_name(str(tmp_path)) == tmp_path.name
+    assert default_name("Qwen/Qwen3-30B-A3B") == "Qwen/Qwen3-30B-A3B"

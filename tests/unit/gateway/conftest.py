@@ -1,0 +1,130 @@
+"""A gateway over a scripted worker, in this process; on a real socket where a test needs one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from cluster.gateway.app import create_app
+from cluster.gateway.client import WorkerClient
+from cluster.gateway.settings import GatewaySettings
+from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker, byte_tokenizer
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for key in ['name', 'tool_call_id', 'reasoning_content'] if key in message %} {{ message[key] }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ opening }}{% endif %}"
+)
+MODEL = "org/scripted"  # an id with a slash, as the hub's are
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer's files of a model."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    config = {"chat_template": CHAT_TEMPLATE, "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+async def worker(tmp_path: Path) -> AsyncIterator[ScriptedWorker]:
+    worker = ScriptedWorker(f"unix:{tmp_path}/worker.sock")
+    await worker.start()
+    yield worker
+    await worker.kill()
+
+
+@dataclass
+class Served:
+    """A gateway that answers at `base_url`."""
+
+    app: FastAPI
+    http: httpx.AsyncClient
+    base_url: str
+    port: int
+
+    async def complete(self, **body: Any) -> httpx.Response:
+        return await self.http.post("/v1/completions", json={"model": MODEL, "prompt": "Hi"} | body)
+
+    async def chat(self, **body: Any) -> httpx.Response:
+        messages = [{"role": "user", "content": "Hi"}]
+        return await self.http.post("/v1/chat/completions", json={"model": MODEL, "messages": messages} | body)
+
+    async def ready(self) -> None:
+        await self.app.state.gateway.worker.ready(DEADLINE_S)
+
+    async def metric(self, sample: str) -> float:
+        """The value of one line of /metrics; 0 where there is none."""
+        lines = (await self.http.get("/metrics")).text.splitlines()
+        return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(sample)), 0.0)
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+Serve = Callable[..., Awaitable[Served]]
+
+
+@pytest.fixture
+async def serve(checkpoint: Path, worker: ScriptedWorker) -> AsyncIterator[Serve]:
+    """Start a gateway on a free port; keywords change its settings, `max_buffered` and the like its client."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(
+            *, model_path: Path | None = None, client: dict[str, Any] | None = None, **changes: Any
+        ) -> Served:
+            settings = GatewaySettings(served_name=MODEL, model_path=model_path or checkpoint, **changes)
+            app = create_app(settings, WorkerClient(worker.address, **({"reconnect_delay_s": 0.01} | (client or {}))))
+            # with its protocol named, or asyncio leaves out TCP_NODELAY and every answer waits for a delayed ACK
+            listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            port = listener.getsockname()[1]
+            config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=5)
+            server = _Server(config)
+            task = asyncio.create_task(server.serve(sockets=[listener]))
+
+            async def stop() -> None:
+                server.should_exit = True
+                async with asyncio.timeout(DEADLINE_S):
+                    await task
+
+            stack.push_async_callback(stop)
+            base_url = f"http://127.0.0.1:{port}"
+            http = await stack.enter_async_context(httpx.AsyncClient(base_url=base_url, timeout=DEADLINE_S))
+            async with asyncio.timeout(DEADLINE_S):
+                while not server.started:
+                    await asyncio.sleep(0)
+            return Served(app, http, base_url, port)
+
+        yield start
+
+
+@pytest.fixture
+async def served(serve: Serve) -> Served:
+    """A gateway with its worker there."""
+    served = await serve()
+    await served.ready()
+    return served

@@ -1,0 +1,209 @@
+"""What /v1/capabilities says of each field is what happens: one row a field, and no field without a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from tests.support.scripted_worker import ScriptedWorker
+from tests.unit.gateway.conftest import MODEL, Served
+
+pytestmark = pytest.mark.anyio
+
+USER = {"role": "user", "content": "Hi"}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A value that asks for something, and the rest of a request in which it can."""
+
+    value: Any
+    beside: dict[str, Any] = field(default_factory=dict)
+
+
+SHARED = {
+    "stream": Row(True),
+    "stream_options.include_usage": Row(True, {"stream": True}),
+    "stream_options.continuous_usage_stats": Row(True, {"stream": True}),
+    "n": Row(2),
+    "temperature": Row(0.5),
+    "top_p": Row(0.5),
+    "top_k": Row(5),
+    "min_p": Row(0.1),
+    "typical_p": Row(0.9),
+    "repetition_penalty": Row(1.1),
+    "presence_penalty": Row(0.5),
+    "frequency_penalty": Row(0.5),
+    "seed": Row(2),
+    "logit_bias": Row({"65": 5}),
+    "bad_words": Row(["wörld"]),
+    "response_format": Row({"type": "json_object"}),
+    "response_format.type": Row("json_object", {"response_format": {"type": "text"}}),
+    "response_format.json_schema": Row(SCHEMA["json_schema"], {"response_format": {"type": "json_schema"}}),
+    "response_format.json_schema.schema": Row({"type": "array"}, {"response_format": SCHEMA}),
+    "max_tokens": Row(3),
+    "min_tokens": Row(30),
+    "stop": Row("lo"),
+    "stop_token_ids": Row([108]),
+    "include_stop_str_in_output": Row(True, {"stop": "lo"}),
+    "ignore_eos": Row(True),
+    "skip_special_tokens": Row(False),
+    "prompt_logprobs": Row(0),
+    "return_token_ids": Row(True),
+    "priority": Row(-3),
+    "cache_salt": Row("tenant"),
+}
+HONOURED = {
+    "/v1/completions": SHARED
+    | {
+        "prompt": Row("other"),
+        "echo": Row(True),
+        "logprobs": Row(2),
+        "add_special_tokens": Row(False),
+    },
+    "/v1/chat/completions": SHARED
+    | {
+        "messages": Row([USER, USER]),
+        "messages[].role": Row("system"),
+        "messages[].content": Row("other"),
+        "messages[].name": Row("Ann"),
+        "messages[].tool_call_id": Row("call-1", {"messages": [USER | {"role": "tool"}]}),
+        "messages[].reasoning_content": Row("so", {"messages": [USER | {"role": "assistant"}]}),
+        "max_completion_tokens": Row(3),
+        "logprobs": Row(True),
+        "top_logprobs": Row(2, {"logprobs": True}),
+        "chat_template_kwargs": Row({"opening": "Well, "}),
+        "add_generation_prompt": Row(False),
+        "continue_final_message": Row(True, {"messages": [USER, USER | {"role": "assistant"}]}),
+        "add_special_tokens": Row(True),
+    },
+}
+NO_ROW = {"model", "stream_options"}  # another model is a 404; stream_options asks through its members
+WITHOUT_EFFECT: dict[str, Any] = {
+    "stream_options.include_obfuscation": True,
+    "response_format.json_schema.name": "b",
+    "response_format.json_schema.description": "what it is for",
+    "response_format.json_schema.strict": False,
+    "user": "u",
+    "metadata": {"k": "v"},
+    "store": False,
+    "service_tier": "auto",
+    "safety_identifier": "s",
+    "prompt_cache_key": "k",
+    "best_of": 1,
+    "parallel_tool_calls": False,
+}
+
+
+def described(support: str) -> list[tuple[str, str]]:
+    from cluster.gateway.capabilities import capabilities
+
+    return [
+        (endpoint, name)
+        for endpoint, entry in capabilities(MODEL)["endpoints"].items()
+        for name, field in entry["fields"].items()
+        if field["support"] == support
+    ]
+
+
+def request_body(endpoint: str, beside: dict[str, Any]) -> dict[str, Any]:
+    prompt = {"prompt": "Hi"} if endpoint == "/v1/completions" else {"messages": [USER]}
+    return {"model": MODEL, "seed": 1, "max_tokens": 40} | prompt | beside
+
+
+def with_field(body: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of `body` with `value` at a path such as `stream_options.include_usage` or `messages[].role`."""
+    head, _, rest = path.partition(".")
+    if not rest:
+        return body | {head: value}
+    if head.endswith("[]"):
+        name = head.removesuffix("[]")
+        return body | {name: [*body[name][:-1], with_field(body[name][-1], rest, value)]}
+    return body | {head: with_field(body.get(head, {}), rest, value)}
+
+
+async def effect(served: Served, worker: ScriptedWorker, endpoint: str, body: dict[str, Any]) -> Any:
+    """All that a request leads to, but its id and its time: the messages to the worker, and the reply's shape."""
+    worker.submits.clear()
+    response = await served.http.post(endpoint, json=body)
+    assert response.status_code == 200, response.text
+    submits = [
+        msgspec.to_builtins(msgspec.structs.replace(submit, request_id="", group="", deadline_s=None))
+        for submit in worker.submits
+    ]
+    return response.headers["content-type"], submits, without_id(response)
+
+
+def without_id(response: httpx.Response) -> list[Any]:
+    lines = response.text.replace("data: ", "").replace("[DONE]", "{}").split("\n\n")
+    bodies = [msgspec.json.decode(line) for line in lines if line.strip()]
+    return [{key: value for key, value in body.items() if key not in ("id", "created")} for body in bodies]
+
+
+@pytest.mark.parametrize("endpoint", HONOURED)
+async def test_an_honoured_field_changes_something(served: Served, worker: ScriptedWorker, endpoint: str) -> None:
+    for name, row in HONOURED[endpoint].items():
+        body = request_body(endpoint, row.beside)
+        without = None
+        if name not in ("prompt", "messages", "response_format.json_schema"):  # required: there is no request without
+            without = await effect(served, worker, endpoint, body)
+        assert await effect(served, worker, endpoint, with_field(body, name, row.value)) != without, name
+
+
+def test_every_honoured_field_has_a_row() -> None:
+    rows = {(endpoint, name) for endpoint, table in HONOURED.items() for name in table}
+    assert {pair for pair in described("honoured") if pair[1] not in NO_ROW} == rows
+
+
+@pytest.mark.parametrize(("endpoint", "name"), described("without_effect"))
+async def test_a_field_without_effect_is_accepted_and_changes_nothing(
+    served: Served, worker: ScriptedWorker, endpoint: str, name: str
+) -> None:
+    beside: dict[str, Any] = {}
+    if name.startswith("stream_options"):
+        beside = {"stream": True, "stream_options": {}}
+    elif name.startswith("response_format"):
+        beside = {"response_format": SCHEMA}
+    body = request_body(endpoint, beside)
+    value = WITHOUT_EFFECT[name.removeprefix("messages[].")]
+    changed = with_field(body, name, value)
+    assert changed != body
+    assert await effect(served, worker, endpoint, changed) == await effect(served, worker, endpoint, body)
+
+
+@pytest.mark.parametrize(("endpoint", "name"), described("unsupported"))
+async def test_an_unsupported_field_is_refused_by_name(
+    served: Served, worker: ScriptedWorker, endpoint: str, name: str
+) -> None:
+    response = await served.http.post(endpoint, json=with_field(request_body(endpoint, {}), name, {"asked": "for"}))
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "unsupported_parameter")
+    assert error["param"] == name.replace("[]", "[0]")
+    assert error["param"] in error["message"]
+    assert worker.submits == []
+
+
+@pytest.mark.parametrize(("endpoint", "name"), described("unsupported"))
+async def test_null_asks_for_nothing(served: Served, endpoint: str, name: str) -> None:
+    response = await served.http.post(endpoint, json=with_field(request_body(endpoint, {}), name, None))
+    assert response.status_code == 200, response.text
+
+
+async def test_the_page_is_served(served: Served) -> None:
+    page = (await served.http.get("/v1/capabilities")).json()
+    completion = page["endpoints"]["/v1/completions"]["fields"]
+    assert completion["temperature"] == {"support": "honoured", "type": "number", "minimum": 0.0, "maximum": 2.0}
+    assert completion["suffix"] == {"support": "unsupported", "accepted": [""]}
+    assert completion["store"] == {"support": "without_effect", "accepted": [False], "type": "boolean"}
+    assert page["endpoints"]["/v1/chat/completions"]["fields"]["messages[].role"]["enum"] == [
+        "system",
+        "developer",
+        "user",
+        "assistant",
+        "tool",
+    ]

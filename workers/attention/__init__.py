@@ -1,0 +1,1 @@
+"""Attention over paged KV: the plan of a step and the kernels' face."""

@@ -1,0 +1,189 @@
+"""From a `Launch` message to an engine: device, weights, numerics, and how much memory the KV cache gets."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cluster.errors import ConfigError
+from cluster.protocol import Launch
+from workers.cache.kv_cache import page_bytes
+from workers.engine import Engine, EngineOptions
+from workers.experts.backend import LocalExperts
+from workers.kernels.build import build_host_kernels
+from workers.kernels.native import HostKernels
+from workers.models.decoder import Decoder
+from workers.models.loader import eos_token_ids, load_model
+from workers.models.spec import ModelSpec
+from workers.models.tokenizer import Tokenizer
+from workers.models.weights import ModelWeights, MoEWeights, lay_out
+from workers.numerics import detect
+from workers.scheduler import SchedulerOptions
+
+log = logging.getLogger(__name__)
+
+WEIGHTS_SHARE = 0.9  # of the memory that is free, for the weights
+KV_SHARE = 0.5  # of what is free once the weights are loaded
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    engine: Engine
+    num_parameters: int
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:<i> -> a device that is there. Raises `ConfigError`."""
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is none of auto, cpu, cuda, cuda:<i>", param="device") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is none of auto, cpu, cuda, cuda:<i>", param="device")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"device {name!r} was asked for, but torch sees no CUDA device: install a CUDA build of torch, or use "
+                "--device cpu",
+                param="device",
+            )
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices", param="device")
+        device = torch.device("cuda", device.index or 0)
+    return device
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free now: of the device, or of the host within its cgroup."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(free, 0)
+
+
+def product_shapes(weights: ModelWeights) -> list[tuple[int, int]]:
+    """The distinct [out, in] shapes of a model's products; a tenth of a very wide one stands for it."""
+    shapes: set[tuple[int, int]] = {(min(weights.lm_head.shape[0], 8192), weights.lm_head.shape[1])}
+    for layer in weights.layers:
+        shapes |= {tuple(layer.attention.qkv.shape), tuple(layer.attention.out.shape)}  # type: ignore[arg-type]
+        if isinstance(layer.mlp, MoEWeights):
+            shapes.add((layer.mlp.router.shape[0], layer.mlp.router.shape[1]))
+            shapes |= {tuple(w.shape[1:]) for w in (layer.mlp.experts.gate_up, layer.mlp.experts.down)}  # type: ignore[arg-type]
+        else:
+            shapes |= {tuple(layer.mlp.gate_up.shape), tuple(layer.mlp.down.shape)}  # type: ignore[arg-type]
+    return sorted(shapes)
+
+
+def num_kv_pages(launch: Launch, spec: ModelSpec, max_model_len: int, free_bytes: int, dtype: torch.dtype) -> int:
+    """Pages for every sequence at full length, or what fits. Raises `ConfigError` where not one sequence fits."""
+    one = page_bytes(spec, launch.page_size, dtype)
+    wanted = launch.max_num_seqs * -(-max_model_len // launch.page_size)
+    budget = launch.kv_cache_bytes if launch.kv_cache_bytes is not None else int(free_bytes * KV_SHARE)
+    num_pages = min(wanted, budget // one)
+    least = -(-max_model_len // launch.page_size)
+    if num_pages < least:
+        raise ConfigError(
+            f"the KV cache has room for {num_pages * launch.page_size} tokens ({budget / 2**20:.0f} MiB), less than one "
+            f"sequence of max_model_len {max_model_len} ({least * one / 2**20:.0f} MiB): lower --max-model-len",
+            param="max_model_len",
+        )
+    return num_pages
+
+
+def resolve_max_model_len(launch: Launch, spec: ModelSpec) -> int:
+    if launch.max_model_len is None:
+        return spec.max_position
+    if launch.max_model_len > spec.max_position:
+        raise ConfigError(
+            f"max_model_len {launch.max_model_len} is over the checkpoint's {spec.max_position}", param="max_model_len"
+        )
+    return launch.max_model_len
+
+
+def host_kernels(launch: Launch) -> HostKernels | None:
+    """The host kernels where they can be had; otherwise the torch path, and one line that says why."""
+    if launch.kernels_dir is None:
+        return None
+    try:
+        return HostKernels(build_host_kernels(Path(launch.kernels_dir)), torch.get_num_threads())
+    except ConfigError as error:
+        log.warning("running on torch's own operations, several times slower for small steps: %s", error.message)
+        return None
+
+
+def build_engine(launch: Launch, progress: Callable[[int, int], None] | None = None) -> BuiltEngine:
+    """Load the checkpoint that `launch` names and make its engine.
+
+    Raises `ConfigError` for options that this machine or checkpoint cannot meet, `CheckpointError` for the rest.
+    """
+    if launch.num_threads is not None:
+        torch.set_num_threads(launch.num_threads)
+    device = resolve_device(launch.device)
+    path = Path(launch.model_path)
+    # bf16 products on a CPU can be a hundred times slower than fp32, and are never needed for parity.
+    dtype = torch.float32 if device.type == "cpu" else None
+    limit_bytes = int(available_bytes(device) * WEIGHTS_SHARE)
+    spec, weights = load_model(path, device=device, dtype=dtype, progress=progress, limit_bytes=limit_bytes)
+    dtype = weights.embedding.dtype
+    native = None
+    if device.type == "cpu":
+        weights = lay_out(weights)
+        native = host_kernels(launch)
+    numerics = detect(launch.numerics, device, dtype, product_shapes(weights), native)
+    if launch.numerics == "invariant" and numerics.name == "fast":
+        raise ConfigError("this processor and torch build give no batch-invariant products", param="numerics")
+    if launch.numerics == "auto" and device.type == "cpu" and numerics.name == "fast":
+        log.warning("this processor and torch build give no batch-invariant products: numerics class is 'fast'")
+    max_model_len = resolve_max_model_len(launch, spec)
+    options = EngineOptions(
+        max_model_len=max_model_len,
+        num_pages=num_kv_pages(launch, spec, max_model_len, available_bytes(device), dtype),
+        page_size=launch.page_size,
+        prefix_cache=launch.prefix_cache,
+        scheduler=SchedulerOptions(
+            max_num_seqs=launch.max_num_seqs,
+            token_budget=launch.token_budget,
+            static_batching=launch.static_batching,
+        ),
+    )
+    experts = LocalExperts(
+        [layer.mlp.experts if isinstance(layer.mlp, MoEWeights) else None for layer in weights.layers], numerics
+    )
+    decoder = Decoder(spec, weights, experts, numerics, num_positions=spec.max_position)
+    engine = Engine(decoder, Tokenizer(path), eos_token_ids(path), options, model_name=launch.served_name)
+    return BuiltEngine(engine, num_parameters(weights))
+
+
+def num_parameters(weights: ModelWeights) -> int:
+    """Distinct parameters; a tied embedding counts once."""
+    total, seen = 0, set()
+
+    def visit(value: object) -> None:
+        nonlocal total
+        if isinstance(value, torch.Tensor):
+            if value.data_ptr() not in seen:
+                seen.add(value.data_ptr())
+                total += value.numel()
+        elif isinstance(value, tuple):
+            for item in value:
+                visit(item)
+        elif hasattr(value, "__dataclass_fields__"):
+            for name in value.__dataclass_fields__:
+                visit(getattr(value, name))
+
+    visit(weights)
+    return total

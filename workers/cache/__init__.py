@@ -1,0 +1,1 @@
+"""The paged KV cache: pages, their tables, and the prefix cache over them."""

@@ -1,0 +1,1 @@
+"""What a model is, where its weights come from, and the one forward pass."""

@@ -1,0 +1,96 @@
+"""The one thread that owns an engine: takes messages from an inbox, steps, hands outputs on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+
+from cluster.errors import DrainingError, ForetokenError
+from cluster.protocol import EngineState, Finish, RequestOutput, StepOutput
+from workers.engine import Engine
+from workers.request import Request
+
+log = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 0.25  # how often an idle engine looks at deadlines
+
+
+class EngineRunner:
+    """Runs `Engine.step` while there is work. All methods may be called from any thread."""
+
+    def __init__(self, engine: Engine, publish: Callable[[StepOutput], None]) -> None:
+        """`publish` gets each step's output, in order, on the engine's thread."""
+        self._engine = engine
+        self._publish = publish
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._draining = False
+        self._snapshot = engine.snapshot()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; whatever goes wrong reaches its caller as its terminal event."""
+        self._post(lambda: self._submit(request))
+
+    def abort(self, request_id: str) -> None:
+        self._post(lambda: self._engine.abort(request_id))
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; what runs goes on."""
+        self._draining = True
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs and nothing waits."""
+        return not self._inbox and not self._engine.has_work
+
+    def snapshot(self) -> EngineState:
+        """The state after the latest step."""
+        return self._snapshot
+
+    def stop(self, deadline_s: float) -> bool:
+        """End the thread after its current step; False where it did not end in time."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(deadline_s)
+        return not self._thread.is_alive()
+
+    def _post(self, action: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(action)
+            self._wake.notify()
+
+    def _submit(self, request: Request) -> None:
+        try:
+            if self._draining:
+                raise DrainingError("the server is shutting down and takes no new requests; try another, or later")
+            self._engine.submit(request)
+        except ForetokenError as error:
+            self._publish(refusal(request.request_id, error))
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                if not self._inbox and not self._engine.has_work and not self._stopping:
+                    self._wake.wait(IDLE_WAIT_S)
+                if self._stopping:
+                    return
+            while self._inbox:
+                self._inbox.popleft()()
+            output = self._engine.step()
+            self._snapshot = self._engine.snapshot()
+            if output.outputs:
+                self._publish(output)
+
+
+def refusal(request_id: str, error: ForetokenError) -> StepOutput:
+    """The terminal event of a request that was never taken."""
+    finish = Finish(reason="error", error_code=error.code, error_message=error.message)
+    return StepOutput(outputs=[RequestOutput(request_id=request_id, index=0, finish=finish)])

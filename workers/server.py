@@ -1,0 +1,306 @@
+"""`python -m workers.server`: serves one engine over gRPC. Holds no decisions.
+
+Its options are one `Launch` message, JSON, on the first line of standard input. It answers `State` once the model is
+loaded; SIGTERM lets what runs finish, a second signal or the end of standard input (the parent is gone) ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+import msgspec
+
+from cluster.errors import ForetokenError, GrammarError
+from cluster.protocol import (
+    PROTOCOL_VERSION,
+    SERVICE,
+    Abort,
+    Drain,
+    EngineState,
+    FromWorker,
+    Hello,
+    Launch,
+    StepOutput,
+    Submit,
+    ToWorker,
+)
+from workers.build import BuiltEngine, build_engine
+from workers.runner import EngineRunner, refusal
+from workers.sampling.guided import CompiledGrammar, GrammarCompiler
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 256 << 20
+# The event loop and the engine share an interpreter: a waiting engine thread must not wait the default 5 ms for it.
+SWITCH_INTERVAL_S = 0.0005
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
+
+
+class _Stream:
+    """One gateway's open stream: its requests and what is on the way to it."""
+
+    def __init__(self) -> None:
+        self.outputs: asyncio.Queue[FromWorker | None] = asyncio.Queue()
+        self.request_ids: set[str] = set()
+        self.compiling: dict[str, asyncio.Task[None]] = {}
+
+
+class WorkerService:
+    """Carries messages between streams and the engine's thread. Lives on the event loop."""
+
+    def __init__(self, built: BuiltEngine, hello: Hello) -> None:
+        self.hello = hello
+        self._engine = built.engine
+        self._compiler = GrammarCompiler(built.engine.tokenizer, built.engine.eos_token_ids, hello.vocab_size)
+        self._loop = asyncio.get_running_loop()
+        self.runner = EngineRunner(built.engine, self._publish)
+        self._owners: dict[str, _Stream] = {}
+
+    def _publish(self, output: StepOutput) -> None:
+        """On the engine's thread."""
+        self._loop.call_soon_threadsafe(self._dispatch, output)
+
+    def _dispatch(self, output: StepOutput) -> None:
+        """Give each stream its part of a step."""
+        parts: dict[int, tuple[_Stream, list]] = {}  # type: ignore[type-arg]
+        for item in output.outputs:
+            stream = self._owners.get(item.request_id)
+            if stream is None:  # its gateway has gone
+                continue
+            parts.setdefault(id(stream), (stream, []))[1].append(item)
+            if item.finish is not None:
+                del self._owners[item.request_id]
+                stream.request_ids.discard(item.request_id)
+        for stream, outputs in parts.values():
+            stream.outputs.put_nowait(StepOutput(outputs=outputs))
+
+    async def stream(self, messages: AsyncIterator[bytes], _context: object) -> AsyncIterator[bytes]:
+        """The bidirectional stream: `Hello`, then a `StepOutput` for each step that concerns this gateway."""
+        stream = _Stream()
+        reader = asyncio.create_task(self._read(stream, messages))
+        try:
+            yield _encode(self.hello)
+            while (message := await stream.outputs.get()) is not None:
+                yield _encode(message)
+        finally:
+            reader.cancel()
+            self._close(stream)
+
+    async def _read(self, stream: _Stream, messages: AsyncIterator[bytes]) -> None:
+        try:
+            async for body in messages:
+                self._take(stream, _decode_to_worker(body))
+        except msgspec.DecodeError as error:
+            log.error("a stream is closed: it sent a message that is none of the protocol's: %s", error)
+        finally:
+            stream.outputs.put_nowait(None)
+
+    def _take(self, stream: _Stream, message: ToWorker) -> None:
+        if isinstance(message, Submit):
+            self._submit(stream, message)
+        elif isinstance(message, Abort):
+            if (task := stream.compiling.pop(message.request_id, None)) is not None:
+                task.cancel()
+            self.runner.abort(message.request_id)
+        elif isinstance(message, Drain):
+            self.runner.drain()
+
+    def _submit(self, stream: _Stream, submit: Submit) -> None:
+        if submit.request_id in self._owners:
+            stream.outputs.put_nowait(
+                refusal(submit.request_id, ForetokenError(f"request id {submit.request_id!r} is taken"))
+            )
+            return
+        self._owners[submit.request_id] = stream
+        stream.request_ids.add(submit.request_id)
+        if submit.sampling.grammar is None:
+            self._start(submit, None)
+            return
+        task = asyncio.create_task(self._compile_and_start(submit))
+        stream.compiling[submit.request_id] = task
+        task.add_done_callback(lambda _: stream.compiling.pop(submit.request_id, None))
+
+    async def _compile_and_start(self, submit: Submit) -> None:
+        assert submit.sampling.grammar is not None
+        try:
+            compiled = await asyncio.to_thread(self._compiler.compile, submit.sampling.grammar)
+        except GrammarError as error:
+            self._dispatch(refusal(submit.request_id, error))
+            return
+        self._start(submit, compiled)
+
+    def _start(self, submit: Submit, compiled: CompiledGrammar | None) -> None:
+        try:
+            matcher = compiled.matcher() if compiled is not None else None
+            self.runner.submit(self._engine.request_from(submit, matcher))
+        except ForetokenError as error:
+            self._dispatch(refusal(submit.request_id, error))
+
+    def _close(self, stream: _Stream) -> None:
+        """A gateway is gone: whatever it had running is of no use to anybody."""
+        for task in list(stream.compiling.values()):
+            task.cancel()
+        for request_id in stream.request_ids:
+            self._owners.pop(request_id, None)
+            self.runner.abort(request_id)
+        stream.request_ids.clear()
+
+    async def state(self, _request: bytes, _context: object) -> EngineState:
+        return msgspec.structs.replace(self.runner.snapshot(), worker_id=self.hello.worker_id)
+
+
+def _handlers(service: WorkerService) -> grpc.GenericRpcHandler:
+    return grpc.method_handlers_generic_handler(
+        SERVICE,
+        {
+            "Stream": grpc.stream_stream_rpc_method_handler(service.stream),
+            "State": grpc.unary_unary_rpc_method_handler(service.state, response_serializer=_encode),
+        },
+    )
+
+
+def make_hello(launch: Launch, built: BuiltEngine) -> Hello:
+    engine, spec = built.engine, built.engine.decoder.spec
+    return Hello(
+        version=PROTOCOL_VERSION,
+        worker_id=uuid.uuid4().hex,
+        served_name=launch.served_name,
+        max_model_len=engine.options.max_model_len,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=engine.eos_token_ids,
+        numerics=engine.decoder.numerics.name,
+        num_pages=engine.options.num_pages,
+        page_size=engine.options.page_size,
+        model_type=spec.family,
+        num_parameters=built.num_parameters,
+        num_experts=spec.moe.num_experts if spec.moe is not None else 0,
+        num_layers=len(spec.layers),
+    )
+
+
+async def serve(launch: Launch, built: BuiltEngine) -> None:
+    """Serve until SIGTERM or SIGINT, then let what runs finish for `drain_timeout_s`; a second signal ends at once."""
+    service = WorkerService(built, make_hello(launch, built))
+    server = grpc.aio.server(
+        options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)]
+    )
+    server.add_generic_rpc_handlers((_handlers(service),))
+    server.add_insecure_port(launch.address)
+    stop, now = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: now.set() if stop.is_set() else stop.set())
+    service.runner.start()
+    await server.start()
+    await stop.wait()
+    service.runner.drain()
+    deadline = loop.time() + launch.drain_timeout_s
+    while not service.runner.idle and not now.is_set() and loop.time() < deadline:
+        await asyncio.sleep(0.02)
+    await server.stop(grace=0.2)
+    await asyncio.to_thread(service.runner.stop, 2.0)
+
+
+def _watch_parent() -> None:
+    """End the process when standard input ends: whoever started it is gone, and nobody else would."""
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def main() -> None:
+    line = _read_line()
+    launch = msgspec.json.decode(line, type=Launch)
+    set_up_logging(launch.log_level, launch.log_format)
+    if launch.exit_with_parent:
+        _watch_parent()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    try:
+        built = build_engine(launch, _progress(launch))
+    except ForetokenError as error:
+        # One line that the launcher shows as it is; a traceback would hide what the user can do.
+        print(f"error: {error.message}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+    asyncio.run(serve(launch, built))
+
+
+def _read_line() -> bytes:
+    """The first line of standard input, read unbuffered: what follows belongs to whoever watches the pipe."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            break
+        line += byte
+    return bytes(line)
+
+
+def _progress(launch: Launch) -> Callable[[int, int], None] | None:
+    """Report loading: a bar on a terminal, a line each tenth otherwise."""
+    if launch.progress:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+        bar = Progress(
+            TextColumn("loading"), BarColumn(), DownloadColumn(), console=Console(stderr=True), transient=True
+        )
+        task = bar.add_task("loading", total=None)
+        bar.start()
+
+        def draw(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if done >= total:
+                bar.stop()
+
+        return draw
+    reported = -1
+
+    def say(done: int, total: int) -> None:
+        nonlocal reported
+        tenth = 10 * done // max(total, 1)
+        if tenth > reported:
+            reported = tenth
+            log.info("loading: %d of %d MiB", done >> 20, total >> 20)
+
+    return say
+
+
+def set_up_logging(level: str, log_format: str) -> None:
+    """Log lines on stderr, as text or as one JSON object each."""
+    handler = logging.StreamHandler(sys.stderr)
+    if log_format == "json":
+        handler.setFormatter(_JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s worker %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(entry).decode()
+
+
+if __name__ == "__main__":
+    main()
