@@ -145,12 +145,14 @@ def doctor(
         print_findings(examine(settings))
 
 
-@bench.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@bench.command(
+    "serve", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
 def bench_serve(context: typer.Context) -> None:
     """Serve the same requests with Foretoken and with its baselines: one table, ratios first."""
     from loadtests.serve import main as bench_main
 
-    bench_main(context.args)
+    raise typer.Exit(bench_main(context.args))
 
 
 def main() -> None:

@@ -80,7 +80,6 @@ class Settings(BaseSettings):
     kv_cache_bytes: ByteSize | None = Field(None, gt=0, description="size of the KV cache; none: sized to the machine")
     prefix_cache: bool = Field(True, description="keep the pages of finished prompts for later ones")
     static_batching: bool = Field(False, description="wait for whole batches (a baseline for benches)")
-    host_kernels: bool = Field(True, description="compile and use our own CPU kernels where a C++ compiler is there")
     host_kernels: bool = Field(True, description="compile and use the CPU kernels; otherwise torch's own operations")
     num_threads: int | None = Field(None, ge=1, le=4096, description="CPU threads of the engine; none: all cores")
 

@@ -146,6 +146,7 @@ async def _serve_http(
         if supervise.done():
             await supervise  # raises why there is no worker
         if stop.is_set():
+            supervise.cancel()  # a worker that ends from here on is not started again
             logger.info(
                 "stopping: what runs may take %g s more; a second signal ends at once", settings.drain_timeout_s
             )

@@ -68,7 +68,7 @@ def spread_ms(name: str, values_s: Sequence[float]) -> dict[str, float | None]:
     """`mean_<name>_ms`, `median_…`, `std_…`, `max_…` and percentiles of times in seconds; None where there are none."""
     ordered = sorted(values_s)
     measures: dict[str, float | None] = dict.fromkeys(
-        (f"{kind}_{name}_ms" for kind in ("mean", "median", "std", "max", *(f"p{p}" for p in PERCENTILES)))
+        f"{kind}_{name}_ms" for kind in ("mean", "median", "std", "max", *(f"p{p}" for p in PERCENTILES))
     )
     if ordered:
         measures[f"mean_{name}_ms"] = 1e3 * statistics.fmean(ordered)

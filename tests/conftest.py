@@ -47,6 +47,7 @@ def _demo() -> str:
 
 
 MISSING: dict[str, Callable[[], str]] = {  # tool -> why it cannot be used here; "": it can
+    "compiler": _program("c++", "g++", "clang++"),
     "chromium": _program("chromium", "chromium-browser", "google-chrome"),
     "cuda": _cuda,
     "demo": _demo,

@@ -76,16 +76,15 @@ def available_bytes(device: torch.device) -> int:
 
 
 def product_shapes(weights: ModelWeights) -> list[tuple[int, int]]:
-    """The distinct [out, in] shapes of a model's products; a tenth of a very wide one stands for it."""
-    shapes: set[tuple[int, int]] = {(min(weights.lm_head.shape[0], 8192), weights.lm_head.shape[1])}
+    """The distinct [out, in] shapes of a model's products; of a wide vocabulary a part stands for the whole."""
+    matrices = [weights.lm_head[:8192]]
     for layer in weights.layers:
-        shapes |= {tuple(layer.attention.qkv.shape), tuple(layer.attention.out.shape)}  # type: ignore[arg-type]
+        matrices += [layer.attention.qkv, layer.attention.out]
         if isinstance(layer.mlp, MoEWeights):
-            shapes.add((layer.mlp.router.shape[0], layer.mlp.router.shape[1]))
-            shapes |= {tuple(w.shape[1:]) for w in (layer.mlp.experts.gate_up, layer.mlp.experts.down)}  # type: ignore[arg-type]
+            matrices += [layer.mlp.router, layer.mlp.experts.gate_up[0], layer.mlp.experts.down[0]]
         else:
-            shapes |= {tuple(layer.mlp.gate_up.shape), tuple(layer.mlp.down.shape)}  # type: ignore[arg-type]
-    return sorted(shapes)
+            matrices += [layer.mlp.gate_up, layer.mlp.down]
+    return sorted({(matrix.shape[0], matrix.shape[1]) for matrix in matrices})
 
 
 def num_kv_pages(launch: Launch, spec: ModelSpec, max_model_len: int, free_bytes: int, dtype: torch.dtype) -> int:
@@ -97,8 +96,8 @@ def num_kv_pages(launch: Launch, spec: ModelSpec, max_model_len: int, free_bytes
     least = -(-max_model_len // launch.page_size)
     if num_pages < least:
         raise ConfigError(
-            f"the KV cache has room for {num_pages * launch.page_size} tokens ({budget / 2**20:.0f} MiB), less than one "
-            f"sequence of max_model_len {max_model_len} ({least * one / 2**20:.0f} MiB): lower --max-model-len",
+            f"the KV cache has room for {num_pages * launch.page_size} tokens ({budget / 2**20:.0f} MiB), less than "
+            f"one sequence of max_model_len {max_model_len} ({least * one / 2**20:.0f} MiB): lower --max-model-len",
             param="max_model_len",
         )
     return num_pages
@@ -119,7 +118,10 @@ def host_kernels(launch: Launch) -> HostKernels | None:
     if launch.kernels_dir is None:
         return None
     try:
-        return HostKernels(build_host_kernels(Path(launch.kernels_dir)), torch.get_num_threads())
+        kernels = HostKernels(build_host_kernels(Path(launch.kernels_dir)), torch.get_num_threads())
+        # What is left to torch is small. Its threads would spin between calls on the cores that the kernels' need.
+        torch.set_num_threads(1)
+        return kernels
     except ConfigError as error:
         log.warning("running on torch's own operations, several times slower for small steps: %s", error.message)
         return None

@@ -18,7 +18,7 @@ from cluster.protocol import EngineState, Finish, RequestOutput, StepOutput, Sub
 from workers.batch import Batcher, first_logit_row
 from workers.cache.kv_cache import KVCache
 from workers.cache.page_table import PageTable
-from workers.cache.pages import OutOfPagesError, PagePool
+from workers.cache.pages import PagePool
 from workers.models.decoder import Decoder
 from workers.models.tokenizer import Detokenizer, Tokenizer
 from workers.request import Request, Status
@@ -62,7 +62,9 @@ class Engine:
         self._kv = KVCache(spec, options.num_pages, options.page_size, embedding.device, embedding.dtype)
         self.pool = PagePool(options.num_pages)
         facts = (model_name, str(embedding.dtype), decoder.numerics.name, spec.rope)
-        self._pages = PageTable(self.pool, options.page_size, self._kv.copy_page, self._kv.clear_page, facts, options.prefix_cache)
+        self._pages = PageTable(
+            self.pool, options.page_size, self._kv.copy_page, self._kv.clear_page, facts, options.prefix_cache
+        )
         self._scheduler = Scheduler(options.scheduler, self._pages)
         self._batcher = Batcher(
             options.page_size,
@@ -125,7 +127,8 @@ class Engine:
         at = len(source.tokens) if at is None else at
         if not source.num_prompt <= at <= len(source.tokens):
             raise InvalidValueError(
-                f"at must be in [{source.num_prompt}, {len(source.tokens)}] to fork {request_id!r}, got {at}", param="at"
+                f"at must be in [{source.num_prompt}, {len(source.tokens)}] to fork {request_id!r}, got {at}",
+                param="at",
             )
         target = replace(
             source,
@@ -183,7 +186,7 @@ class Engine:
                 logits = self.decoder.forward(batch, self._kv)
                 first = fork.num_computed + logits_from + 1
                 targets = fork.tokens[first : first + logits.shape[0]]
-                logprobs += [row.logprob for row in self._sampler.score(logits, targets, 0)]
+                logprobs += [row.logprob for row in self._score(logits, targets, 0)]
                 fork.num_computed += num_tokens
         finally:
             self._pages.release(fork)
@@ -233,9 +236,7 @@ class Engine:
 
     # ----------------------------------------------------------------------------------------------- parts of a step
 
-    def _sample(
-        self, plan: StepPlan, logits_from: Sequence[int], logits: torch.Tensor
-    ) -> list[SampledRow | None]:
+    def _sample(self, plan: StepPlan, logits_from: Sequence[int], logits: torch.Tensor) -> list[SampledRow | None]:
         """The next token of each item that computed its whole sequence; None for the others."""
         requests: list[Request] = []
         rows: list[int] = []
@@ -271,7 +272,7 @@ class Engine:
         last = min(num_tokens, request.num_prompt - 1 - request.num_computed)
         if first < last:
             targets = request.tokens[known : request.num_computed + last + 1]
-            scored = self._sampler.score(logits[first:last], targets, request.sampling.prompt_logprobs or 0)
+            scored = self._score(logits[first:last], targets, request.sampling.prompt_logprobs or 0)
             request.prompt_logprobs += [self._logprobs(row) for row in scored]
 
     def _commit(self, plan: StepPlan, sampled: Sequence[SampledRow | None]) -> None:
@@ -339,9 +340,7 @@ class Engine:
         if last is not None and last.request_id == request.request_id:
             self._outputs[-1] = structs.replace(last, finish=finish)
         else:
-            self._outputs.append(
-                RequestOutput(request_id=request.request_id, index=request.num_output, finish=finish)
-            )
+            self._outputs.append(RequestOutput(request_id=request.request_id, index=request.num_output, finish=finish))
 
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         """A step that could not run ends the requests in it, and only those."""
@@ -359,6 +358,9 @@ class Engine:
 
     # --------------------------------------------------------------------------------------------------------- helpers
 
+    def _score(self, logits: torch.Tensor, targets: Sequence[int], num_top: int) -> list[SampledRow]:
+        return self._sampler.score(logits, torch.tensor(targets, device=logits.device), num_top)
+
     def _find(self, request_id: str) -> Request:
         request = self._requests.get(request_id)
         if request is None:
@@ -375,9 +377,7 @@ class Engine:
             for token_id in target.output_ids:
                 target.matcher.accept(token_id)
 
-    def _count(
-        self, plan: StepPlan, num_prompt: int, num_generated: int, forward_s: float, step_s: float
-    ) -> None:
+    def _count(self, plan: StepPlan, num_prompt: int, num_generated: int, forward_s: float, step_s: float) -> None:
         state = self._state
         self._state = structs.replace(
             state,

@@ -29,7 +29,9 @@ class Numerics:
 
     name: Literal["invariant", "fast"]
     native: HostKernels | None = None  # run every op on the host kernels: invariant by construction
-    row_block: int | None = None  # without them: every matrix product runs in blocks of this many rows; None: as it comes
+    row_block: int | None = (
+        None  # without them: every matrix product runs in blocks of this many rows; None: as it comes
+    )
 
 
 FAST = Numerics("fast")

@@ -103,7 +103,7 @@ def check_submit(submit: Submit, *, vocab_size: int, max_model_len: int) -> None
         ("logit_bias", tuple(sampling.logit_bias)),
         ("bad_words", tuple(token for word in sampling.bad_words for token in word)),
     ):
-        if ids and not (0 <= min(ids) and max(ids) < vocab_size):
+        if any(not 0 <= token < vocab_size for token in ids):
             wrong = next(token for token in ids if not 0 <= token < vocab_size)
             raise InvalidValueError(f"{name} has token id {wrong}; the vocabulary is 0..{vocab_size - 1}", param=name)
     if any(not word for word in sampling.bad_words):

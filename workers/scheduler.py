@@ -66,9 +66,7 @@ class Scheduler:
             self._admit(scheduled, budget)
         return StepPlan(scheduled, preempted)
 
-    def _reserve(
-        self, request: Request, num_tokens: int, preempted: list[Request], scheduled: list[Scheduled]
-    ) -> bool:
+    def _reserve(self, request: Request, num_tokens: int, preempted: list[Request], scheduled: list[Scheduled]) -> bool:
         """Pages for `request`, taken from the youngest where none are free; False where it was itself the youngest."""
         chosen = {id(item.request) for item in scheduled}
         while True:

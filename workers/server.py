@@ -191,9 +191,7 @@ def make_hello(launch: Launch, built: BuiltEngine) -> Hello:
 async def serve(launch: Launch, built: BuiltEngine) -> None:
     """Serve until SIGTERM or SIGINT, then let what runs finish for `drain_timeout_s`; a second signal ends at once."""
     service = WorkerService(built, make_hello(launch, built))
-    server = grpc.aio.server(
-        options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)]
-    )
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)])
     server.add_generic_rpc_handlers((_handlers(service),))
     server.add_insecure_port(launch.address)
     stop, now = asyncio.Event(), asyncio.Event()

@@ -35,6 +35,7 @@ PACKAGES = Path(__file__).resolve().parents[2]  # the folder that holds cluster/
 MAX_EQUAL_START_FAILURES = 3
 STABLE_S = 60.0  # a worker that lived this long starts again without waiting
 POLL_S = 0.02
+MAX_SOCKET_PARENT = 70  # a socket's whole path may have 103 bytes on macOS, 107 on Linux
 TAIL_BYTES = 4096
 TAIL_LINES = 8
 LAST_WORD = re.compile(rb"^error: (.*)", re.MULTILINE | re.DOTALL)
@@ -291,7 +292,10 @@ async def _answers(address: str) -> bool:
 @contextlib.contextmanager
 def socket_folder() -> Iterator[Path]:
     """A folder that only this user can open, for workers' sockets; removed with what is in it."""
-    with tempfile.TemporaryDirectory(prefix="foretoken-") as name:  # made with mode 0700
+    parent = tempfile.gettempdir()
+    if len(parent) > MAX_SOCKET_PARENT:
+        parent = "/tmp"
+    with tempfile.TemporaryDirectory(prefix="foretoken-", dir=parent) as name:  # made with mode 0700
         yield Path(name)
 
 
@@ -305,6 +309,4 @@ def local_worker(settings: Settings, model_path: Path, served_name: str, folder:
         progress=sys.stderr.isatty() and settings.log_format == "text",
     )
     environment = worker_environment(launch, this_machine(), os.environ)
-    return WorkerProcess(
-        launch, environment=environment, start_timeout_s=settings.start_timeout_s, command=COMMAND
-    )
+    return WorkerProcess(launch, environment=environment, start_timeout_s=settings.start_timeout_s, command=COMMAND)

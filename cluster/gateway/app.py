@@ -24,9 +24,7 @@ STATE_TIMEOUT_S = 1.0
 router = APIRouter()
 
 
-def create_app(
-    settings: GatewaySettings, worker: WorkerClient, registry: CollectorRegistry | None = None
-) -> FastAPI:
+def create_app(settings: GatewaySettings, worker: WorkerClient, registry: CollectorRegistry | None = None) -> FastAPI:
     """The gateway as an ASGI application. `app.state.gateway.begin_drain()` is for the server's signal handler.
 
     Raises `CheckpointError` where the tokenizer's files cannot be used.

@@ -24,6 +24,7 @@ from cluster.gateway.fields import (
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
+MAX_MESSAGES = 16384
 MAX_LIST = 1024  # entries of bad_words, stop_token_ids, logit_bias
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -261,7 +262,7 @@ class ChatMessage(RequestModel):
 class ChatCompletionRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], HONOURED, Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], HONOURED, Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[Count | None, HONOURED] = None  # goes before max_tokens
     logprobs: Annotated[bool, HONOURED] = False
     top_logprobs: Annotated[LogprobCount | None, HONOURED] = None

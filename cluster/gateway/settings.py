@@ -62,7 +62,7 @@ class GatewaySettings:
     max_open_requests: int = 1024  # over it: 429
     max_choices: int = 128  # `n`
     max_sequences: int = 1024  # prompts x n of one request
-    max_body_bytes: int = 32 * 2**20
+    max_body_bytes: int = 16 * 2**20
     body_timeout_s: float = 30.0
     send_timeout_s: float = 30.0  # a client that takes nothing for this long is cut
     template_timeout_s: float = 5.0

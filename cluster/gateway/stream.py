@@ -40,6 +40,7 @@ class Events(ABC):
 
     def __init__(self, job: Job) -> None:
         options = job.request.stream_options
+        self.reply_id = job.reply_id
         self._job = job
         self._usage = Usage(job)
         self._final_usage = options is not None and options.include_usage
@@ -188,7 +189,9 @@ class EventStream(Response):
         except (ClientDisconnected, OSError):
             raise
         except Exception as error:
-            last = error_event(as_foretoken_error(error))
+            ours = as_foretoken_error(error)
+            logger.warning("the stream of %s ended early: %s", self._events.reply_id, ours.code)
+            last = error_event(ours)
         await self._send(send, last, more=False)
 
     async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:
@@ -198,5 +201,5 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": data, "more_body": more})
         except TimeoutError:
             self._generation.abort("slow_reader")
-            logger.warning("a client took nothing for %g s and was cut", self._timeout_s)
+            logger.warning("the client of %s took nothing for %g s: cut", self._events.reply_id, self._timeout_s)
             raise ClientDisconnected from None

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#define FORETOKEN_ABI_VERSION 1
+#define FORETOKEN_ABI_VERSION 2
 
 extern "C" {
 
@@ -15,12 +15,13 @@ int64_t foretoken_abi_version();
 void foretoken_linear(const float* x, const float* weight, const float* bias, float* y, int64_t num_rows,
                       int64_t num_in, int64_t num_out, int64_t num_threads);
 
-void foretoken_rms_norm(const float* x, const float* weight, float* y, int64_t num_rows, int64_t size, double eps);
+void foretoken_rms_norm(const float* x, const float* weight, float* y, int64_t num_rows, int64_t size, double eps,
+                        int64_t num_threads);
 
 void foretoken_norm_rope_append(const float* qkv, const float* q_norm, const float* k_norm, int64_t norm_dim,
                                 double eps, const float* cos, const float* sin, float* k_cache, float* v_cache,
                                 const int64_t* kv_slots, double clip, float* q, int64_t num_tokens, int64_t num_heads,
-                                int64_t num_kv_heads, int64_t head_dim, int64_t page_size);
+                                int64_t num_kv_heads, int64_t head_dim, int64_t page_size, int64_t num_threads);
 
 void foretoken_paged_attention(const float* q, const float* k_cache, const float* v_cache, const int64_t* blocks,
                                int64_t num_blocks, const int64_t* page_ids, int64_t window, double scale, float* out,
@@ -28,11 +29,11 @@ void foretoken_paged_attention(const float* q, const float* k_cache, const float
                                int64_t num_threads);
 
 void foretoken_moe_route(const float* logits, int64_t* topk_ids, float* topk_weights, int64_t num_tokens,
-                         int64_t num_experts, int64_t top_k, int64_t norm_topk_prob);
+                         int64_t num_experts, int64_t top_k, int64_t norm_topk_prob, int64_t num_threads);
 
 void foretoken_moe_experts(const float* hidden, const int64_t* topk_ids, const float* topk_weights,
                            const float* gate_up, const float* down, float* out, int64_t num_tokens, int64_t top_k,
                            int64_t num_experts, int64_t hidden_size, int64_t intermediate, int64_t num_threads);
 
-void foretoken_swiglu(const float* gate_up, float* y, int64_t num_rows, int64_t size);
+void foretoken_swiglu(const float* gate_up, float* y, int64_t num_rows, int64_t size, int64_t num_threads);
 }

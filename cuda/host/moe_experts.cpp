@@ -30,9 +30,11 @@ struct Expert {
 
 }  // namespace
 
-void foretoken_swiglu(const float* gate_up, float* y, int64_t num_rows, int64_t size) {
-  for (int64_t r = 0; r < num_rows; ++r)
-    swiglu(gate_up + r * 2 * size, gate_up + r * 2 * size + size, y + r * size, size);
+void foretoken_swiglu(const float* gate_up, float* y, int64_t num_rows, int64_t size, int64_t num_threads) {
+  parallel_ranges(num_rows, 16384 / size, static_cast<int>(num_threads), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      swiglu(gate_up + r * 2 * size, gate_up + r * 2 * size + size, y + r * size, size);
+  });
 }
 
 void foretoken_moe_experts(const float* hidden, const int64_t* topk_ids, const float* topk_weights,
@@ -127,31 +129,34 @@ void foretoken_moe_experts(const float* hidden, const int64_t* topk_ids, const f
 }
 
 void foretoken_moe_route(const float* logits, int64_t* topk_ids, float* topk_weights, int64_t num_tokens,
-                         int64_t num_experts, int64_t top_k, int64_t norm_topk_prob) {
-  std::vector<float> probabilities(num_experts);
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    const float* row = logits + t * num_experts;
-    float top = row[0];
-    for (int64_t e = 1; e < num_experts; ++e) top = row[e] > top ? row[e] : top;
-    float total = 0;
-    for (int64_t e = 0; e < num_experts; e += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, num_experts - e);
-      store_some(probabilities.data() + e, vexp(load_some(row + e, count) - splat(top)), count);
+                         int64_t num_experts, int64_t top_k, int64_t norm_topk_prob, int64_t num_threads) {
+  const int64_t grain = 16384 / num_experts;
+  parallel_ranges(num_tokens, grain, static_cast<int>(num_threads), [&](int64_t begin, int64_t end) {
+    std::vector<float> probabilities(num_experts);
+    for (int64_t t = begin; t < end; ++t) {
+      const float* row = logits + t * num_experts;
+      float top = row[0];
+      for (int64_t e = 1; e < num_experts; ++e) top = row[e] > top ? row[e] : top;
+      float total = 0;
+      for (int64_t e = 0; e < num_experts; e += kLanes) {
+        const int64_t count = std::min<int64_t>(kLanes, num_experts - e);
+        store_some(probabilities.data() + e, vexp(load_some(row + e, count) - splat(top)), count);
+      }
+      for (int64_t e = 0; e < num_experts; ++e) total += probabilities[e];
+      int64_t* ids = topk_ids + t * top_k;
+      float* weights = topk_weights + t * top_k;
+      float kept = 0;
+      for (int64_t j = 0; j < top_k; ++j) {
+        int64_t best = 0;
+        for (int64_t e = 1; e < num_experts; ++e)
+          if (probabilities[e] > probabilities[best]) best = e;
+        ids[j] = best;
+        weights[j] = probabilities[best] / total;
+        kept += weights[j];
+        probabilities[best] = -1.0f;  // taken
+      }
+      if (norm_topk_prob)
+        for (int64_t j = 0; j < top_k; ++j) weights[j] /= kept;
     }
-    for (int64_t e = 0; e < num_experts; ++e) total += probabilities[e];
-    int64_t* ids = topk_ids + t * top_k;
-    float* weights = topk_weights + t * top_k;
-    float kept = 0;
-    for (int64_t j = 0; j < top_k; ++j) {
-      int64_t best = 0;
-      for (int64_t e = 1; e < num_experts; ++e)
-        if (probabilities[e] > probabilities[best]) best = e;
-      ids[j] = best;
-      weights[j] = probabilities[best] / total;
-      kept += weights[j];
-      probabilities[best] = -1.0f;  // taken
-    }
-    if (norm_topk_prob)
-      for (int64_t j = 0; j < top_k; ++j) weights[j] /= kept;
-  }
+  });
 }

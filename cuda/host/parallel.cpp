@@ -110,4 +110,13 @@ void parallel_for(int64_t num_tasks, int num_threads, const std::function<void(i
   pool->run(num_tasks, num_threads - 1, task);
 }
 
+void parallel_ranges(int64_t count, int64_t grain, int num_threads,
+                     const std::function<void(int64_t, int64_t)>& range) {
+  grain = grain < 1 ? 1 : grain;
+  parallel_for((count + grain - 1) / grain, num_threads, [&](int64_t task) {
+    const int64_t begin = task * grain, end = begin + grain < count ? begin + grain : count;
+    range(begin, end);
+  });
+}
+
 }  // namespace foretoken

@@ -4,8 +4,8 @@ It runs at its best: fp32, inference mode, KV cache, and of its attention and ex
 trial of each kind of work found fastest. A request is `{"op": …, …}`, an answer the op's result or `{"error": …}`:
 
 - `load {model, num_threads}` -> `{version, parameters}`
-- `trial {prompts, prompt, num_tokens}` -> `{"batch": …, "single": …, "prefill": …, "continuous": …}`, the implementations
-  of each kind of work, kept for the ops below
+- `trial {prompts, prompt, num_tokens}` -> `{"batch": …, "single": …, "prefill": …, "continuous": …}`: the
+  implementations chosen for each kind of work, kept for the ops below
 - `batch {prompts, num_tokens}` -> `{duration_s, output_tokens}`: one `generate` over prompts of equal length
 - `sequential {prompts, num_tokens, times_s}` -> the same: one request after another, none before its arrival
 - `continuous {prompts, num_tokens, times_s}` -> the same, through transformers' continuous batching
@@ -34,6 +34,7 @@ EXPERTS = ("eager", "batched_mm", "grouped_mm")
 CONTINUOUS_ATTENTION = ("paged|eager", "sdpa")  # those that run without a GPU
 NEVER = -1  # as the id of the end of a text: generate to the full length
 TRIALS = 3  # of which the fastest counts
+HOPELESS = 3.0  # times slower than the fastest at first sight: not tried again
 WAIT_S = 600.0  # longest wait for one answer of the continuous batching
 
 
@@ -135,17 +136,20 @@ class Peer:
         work: Callable[[], Any],
         repeats: int = TRIALS,
     ) -> Implementation:
-        timed: list[tuple[float, int, Implementation]] = []
-        for order, implementation in enumerate(itertools.starmap(Implementation, itertools.product(attention, experts))):
+        seconds: dict[Implementation, float] = {}
+        for implementation in itertools.starmap(Implementation, itertools.product(attention, experts)):
             try:
                 self._set(implementation)
                 work()  # warm
-                timed.append((min(_seconds(work) for _ in range(repeats)), order, implementation))
+                seconds[implementation] = _seconds(work)
+                if seconds[implementation] < HOPELESS * min(seconds.values()):
+                    again = (_seconds(work) for _ in range(repeats - 1))
+                    seconds[implementation] = min([seconds[implementation], *again])
             except (RuntimeError, ValueError, ImportError, NotImplementedError) as error:
                 print(f"{implementation} does not run here: {error}", file=sys.stderr)
-        if not timed:
+        if not seconds:
             raise RuntimeError("none of the implementations runs")
-        return min(timed)[2]
+        return min(seconds, key=lambda implementation: seconds[implementation])
 
     # --------------------------------------------------------------------------------------------------------- helpers
 

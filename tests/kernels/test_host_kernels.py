@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from support.numerics import host_kernels
+from tests.support.numerics import host_kernels
 from workers.kernels.linear import linear
 from workers.kernels.moe_experts import moe_experts
 from workers.kernels.moe_route import moe_route
 from workers.kernels.rms_norm import rms_norm
 from workers.kernels.swiglu import swiglu
 from workers.numerics import FAST, Numerics, laid_out
+
+pytestmark = pytest.mark.needs("compiler")
 
 ROWS = (1, 2, 3, 5, 6, 7, 12, 13, 64, 131)
 
@@ -63,9 +65,7 @@ def test_moe_route(num_experts: int, top_k: int, norm_topk_prob: bool) -> None:
 @pytest.mark.parametrize("skewed", [False, True])
 @pytest.mark.parametrize("num_tokens", ROWS)
 @pytest.mark.parametrize(("num_experts", "top_k", "hidden", "inner"), [(8, 2, 64, 32), (5, 3, 40, 24), (64, 4, 96, 16)])
-def test_moe_experts(
-    num_experts: int, top_k: int, hidden: int, inner: int, num_tokens: int, skewed: bool
-) -> None:
+def test_moe_experts(num_experts: int, top_k: int, hidden: int, inner: int, num_tokens: int, skewed: bool) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
     scores = torch.rand(num_tokens, num_experts, generator=generator)
     if skewed:

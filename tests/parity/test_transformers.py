@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.checkpoints import MOE_RECIPES, RECIPES, make_model, save
+from tests.support.checkpoints import MOE_RECIPES, PLAIN, RECIPES, make_model, save
 from tests.support.models import Driver, make_decoder
+from tests.support.numerics import numerics
 from workers.models.loader import load_model
 from workers.models.spec import ModelSpec
 from workers.models.weights import ExpertWeights, ModelWeights, MoEWeights
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.needs("transformers")
 
 TOLERANCE = 1e-4
 LENGTHS = (45, 23)
-NUM_GREEDY = 8
+NUM_GREEDY = 16
 
 Schedule = list[list[tuple[int, int]]]
 
@@ -66,7 +67,7 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 
 def make_case(folder: Path, name: str) -> Case:
     model = make_model(RECIPES[name], seed=list(RECIPES).index(name))
-    spec, weights = load_model(save(model, folder), device=torch.device("cpu"))
+    spec, weights = load_model(save(model, folder), device=torch.device("cpu"), laid_out=True)
     generator = torch.Generator().manual_seed(7)
     sequences = [torch.randint(spec.vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]
     with torch.inference_mode():
@@ -84,21 +85,27 @@ def greedy(spec: ModelSpec, weights: ModelWeights, prompt: list[int], num_tokens
     return tokens[len(prompt) :]
 
 
+def check(case: Case, numerics: Numerics, schedule: Schedule) -> None:
+    driver = Driver(make_decoder(case.spec, case.weights, numerics), case.sequences)
+    for ours, theirs in zip(driver.run(schedule), case.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", RECIPES)
 def test_logits_are_those_of_transformers(case_of: Callable[[str], Case], name: str, schedule: str) -> None:
-    case = case_of(name)
-    driver = Driver(make_decoder(case.spec, case.weights, FAST), case.sequences)
-    for ours, theirs in zip(driver.run(SCHEDULES[schedule]), case.logits, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+    check(case_of(name), FAST, SCHEDULES[schedule])
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "llama"])
-def test_the_invariant_class_agrees_as_well(case_of: Callable[[str], Case], name: str) -> None:
-    case = case_of(name)
-    driver = Driver(make_decoder(case.spec, case.weights, Numerics("invariant", row_block=16)), case.sequences)
-    for ours, theirs in zip(driver.run(SCHEDULES["mixed"]), case.logits, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_logits_of_the_host_kernels_are_as_well(case_of: Callable[[str], Case], name: str, schedule: str) -> None:
+    check(case_of(name), numerics("native"), SCHEDULES[schedule])
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_logits_of_products_in_blocks_are_as_well(case_of: Callable[[str], Case], name: str) -> None:
+    check(case_of(name), numerics("blocks"), SCHEDULES["mixed"])
 
 
 @pytest.mark.parametrize("name", RECIPES)

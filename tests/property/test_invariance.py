@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from support.models import TINY, Driver, make_decoder, random_weights
-from support.numerics import numerics
+from tests.support.models import TINY, Driver, make_decoder, random_weights
+from tests.support.numerics import numerics
 from workers.models.decoder import Decoder
 from workers.models.spec import LayerSpec, ModelSpec
 
@@ -27,7 +27,7 @@ ODD = replace(
 SPECS = {"tiny": TINY, "odd": ODD}
 
 
-@pytest.fixture(scope="module", params=["native", "blocks"])
+@pytest.fixture(scope="module", params=[pytest.param("native", marks=pytest.mark.needs("compiler")), "blocks"])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-import tempfile
 from pathlib import Path
 
-import pytest
-
-from workers.kernels.build import build_host_kernels, find_compiler
+from workers.kernels.build import build_host_kernels
 from workers.kernels.native import HostKernels
 from workers.numerics import Numerics
 
@@ -18,15 +15,8 @@ KERNELS_DIR = Path(os.environ.get("FORETOKEN_HOME", "~/.cache/foretoken")).expan
 
 @functools.cache
 def host_kernels(num_threads: int = 2) -> HostKernels:
-    """The kernels of this checkout; skips the test where there is no compiler."""
-    if find_compiler() is None:
-        pytest.skip("no C++ compiler: the host kernels cannot be built")
-    try:
-        KERNELS_DIR.mkdir(parents=True, exist_ok=True)
-        folder = KERNELS_DIR
-    except OSError:
-        folder = Path(tempfile.gettempdir()) / "foretoken-kernels"
-    return HostKernels(build_host_kernels(folder), num_threads)
+    """The kernels of this checkout; whoever asks for them is marked `needs("compiler")`."""
+    return HostKernels(build_host_kernels(KERNELS_DIR), num_threads)
 
 
 def numerics(name: str) -> Numerics:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("cluster", "workers", "loadtests", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("cluster", "workers", "loadtests", "cuda", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,11 @@ def test_the_wheel_has_every_module(wheel: zipfile.ZipFile) -> None:
         for path in (ROOT / package).rglob("*.py")
     }
     assert modules <= set(wheel.namelist())
+
+
+def test_the_wheel_has_the_host_kernels_sources(wheel: zipfile.ZipFile) -> None:
+    for path in [*(ROOT / "cuda" / "host").glob("*.cpp"), *(ROOT / "cuda" / "host").glob("*.h")]:
+        assert wheel.read(f"workers/kernels/host_sources/{path.name}") == path.read_bytes()
 
 
 def test_the_wheel_has_no_tests(wheel: zipfile.ZipFile) -> None:

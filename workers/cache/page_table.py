@@ -93,7 +93,8 @@ class PageTable:
 
     def share(self, source: Request, target: Request, num_computed: int) -> None:
         """Let `target`, without pages, stand on the first `num_computed` tokens of `source`."""
-        assert not target.page_ids and num_computed <= source.num_computed
+        assert not target.page_ids
+        assert num_computed <= source.num_computed
         for page_id in source.page_ids[: -(-num_computed // self.page_size)]:
             self.pool.share(page_id)
             target.page_ids.append(page_id)

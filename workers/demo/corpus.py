@@ -213,7 +213,11 @@ def python_questions(module: Document) -> Iterator[tuple[str, str, str, bool]]:
         return
     dotted = module.name.removeprefix("stdlib/").removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     lines = module.text.splitlines()
-    for owner in [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]:
+    owners: list[ast.Module | ast.ClassDef] = [
+        tree,
+        *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)),
+    ]
+    for owner in owners:
         for node in owner.body:
             if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("__"):
                 continue

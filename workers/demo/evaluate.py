@@ -60,7 +60,7 @@ class Model:
 
 
 def scoring_windows(num_tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, score from, end) of overlapping windows; each token is scored once, with half a context or more before it."""
+    """(begin, score from, end) of overlapping windows; each token is scored once, with half a context before it."""
     stride, scored = context // 2, 0
     while scored < num_tokens:
         end = min(num_tokens, context if scored == 0 else scored + stride)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from workers.demo.corpus import END_OF_TEXT, SPECIAL_TOKENS, TURN_END
 from workers.demo.network import PLAIN, Output, Parts, Shape, Weights, forward, initial_weights, to_checkpoint
 from workers.demo.optimizer import Optimizer, OptimizerSettings
 
@@ -151,12 +152,15 @@ def export(weights: Weights, shape: Shape, tokenizer_json: str, folder: Path) ->
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(tokenizer_json)
-    end_of_text, turn_start, turn_end = (
-        tokenizer.token_to_id(name) for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    )
+    specials = {
+        text: index for index, text in enumerate(SPECIAL_TOKENS)
+    }  # the trainer of the tokenizer puts them first
+    if any(tokenizer.token_to_id(text) != index for text, index in specials.items()):
+        raise ValueError(f"the tokenizer's first tokens are not {', '.join(SPECIAL_TOKENS)}")
+    end_of_text, turn_end = specials[END_OF_TEXT], specials[TURN_END]
     folder.mkdir(parents=True, exist_ok=True)
     save_file(to_checkpoint(weights, shape), str(folder / "model.safetensors"), metadata={"format": "pt"})
-    specials = {index: tokenizer.id_to_token(index) for index in (end_of_text, turn_start, turn_end)}
+    (folder / "model.safetensors").chmod(0o644)  # the library writes it for the owner alone
     added = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     written = {
         "config.json": shape.to_config(end_of_text, turn_end),
@@ -172,11 +176,11 @@ def export(weights: Weights, shape: Shape, tokenizer_json: str, folder: Path) ->
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": 4096,
             "clean_up_tokenization_spaces": False,
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
+            "eos_token": TURN_END,
+            "pad_token": END_OF_TEXT,
             "bos_token": None,
             "add_bos_token": False,
-            "added_tokens_decoder": {str(index): {"content": text, **added} for index, text in specials.items()},
+            "added_tokens_decoder": {str(index): {"content": text, **added} for text, index in specials.items()},
             "chat_template": CHAT_TEMPLATE,
         },
     }

@@ -63,7 +63,9 @@ def build_host_kernels(cache_dir: Path) -> Path:
     """
     compiler = find_compiler()
     if compiler is None:
-        raise ConfigError("no C++ compiler is on the path (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++)")
+        raise ConfigError(
+            "no C++ compiler is on the path (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++)"
+        )
     try:
         path = library_path(cache_dir, compiler)
         if path.exists():

@@ -9,19 +9,19 @@ import torch
 
 from cluster.errors import ConfigError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "linear": (*[_POINTER] * 4, *[_INT] * 4),
-    "rms_norm": (*[_POINTER] * 3, _INT, _INT, _DOUBLE),
+    "rms_norm": (*[_POINTER] * 3, _INT, _INT, _DOUBLE, _INT),
     "norm_rope_append": (
-        *[_POINTER] * 3, _INT, _DOUBLE, *[_POINTER] * 5, _DOUBLE, _POINTER, *[_INT] * 5,
+        *[_POINTER] * 3, _INT, _DOUBLE, *[_POINTER] * 5, _DOUBLE, _POINTER, *[_INT] * 6,
     ),
     "paged_attention": (*[_POINTER] * 4, _INT, _POINTER, _INT, _DOUBLE, _POINTER, *[_INT] * 5),
-    "moe_route": (*[_POINTER] * 3, *[_INT] * 4),
+    "moe_route": (*[_POINTER] * 3, *[_INT] * 5),
     "moe_experts": (*[_POINTER] * 6, *[_INT] * 6),
-    "swiglu": (*[_POINTER] * 2, *[_INT] * 2),
+    "swiglu": (*[_POINTER] * 2, *[_INT] * 3),
 }  # fmt: skip
 
 
@@ -63,13 +63,13 @@ class HostKernels:
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x [T, H], weight [H] -> [T, H]."""
         y = torch.empty_like(x)
-        self._rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.shape[0], x.shape[1], eps)
+        self._rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.shape[0], x.shape[1], eps, self.num_threads)
         return y
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gate_up [T, 2I] -> [T, I]."""
         y = torch.empty(gate_up.shape[0], gate_up.shape[1] // 2)
-        self._swiglu(gate_up.data_ptr(), y.data_ptr(), y.shape[0], y.shape[1])
+        self._swiglu(gate_up.data_ptr(), y.data_ptr(), y.shape[0], y.shape[1], self.num_threads)
         return y
 
     def norm_rope_append(
@@ -93,6 +93,7 @@ class HostKernels:
             qkv.data_ptr(), _pointer(q_norm), _pointer(k_norm), 0 if q_norm is None else q_norm.shape[0], eps,
             cos.data_ptr(), sin.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), kv_slots.data_ptr(),
             clip or 0.0, q.data_ptr(), qkv.shape[0], num_heads, num_kv_heads, head_dim, page_size,
+            self.num_threads,
         )  # fmt: skip
         return q
 
@@ -123,7 +124,7 @@ class HostKernels:
         topk_weights = torch.empty(num_tokens, top_k)
         self._functions["moe_route"](
             logits.data_ptr(), topk_ids.data_ptr(), topk_weights.data_ptr(), num_tokens, num_experts, top_k,
-            int(norm_topk_prob),
+            int(norm_topk_prob), self.num_threads,
         )  # fmt: skip
         return topk_ids, topk_weights
 

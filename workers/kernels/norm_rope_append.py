@@ -27,8 +27,8 @@ def norm_rope_append(
     qkv [T, (num_heads + 2 num_kv_heads) * head_dim]; q_norm and k_norm [head_dim] (each head by itself) or as wide
     as all of q or k (OLMoE), or None; cos and sin [T, 1, head_dim], sin negated in its first half;
     k_cache [num_pages, num_kv_heads, head_dim, page_size], v_cache [num_pages, num_kv_heads, page_size, head_dim];
-    kv_slots [T] int64 is page * page_size + offset; `clip` clamps q, k and v after the norms (OLMoE). -> q [T, num_heads, head_dim]. Rotation is the half-split form
-    (RoFormer, arXiv:2104.09864, as in GPT-NeoX).
+    kv_slots [T] int64 is page * page_size + offset; `clip` clamps q, k and v after the norms (OLMoE).
+    -> q [T, num_heads, head_dim]. Rotation is the half-split form (RoFormer, arXiv:2104.09864, as in GPT-NeoX).
     """
     if numerics.native is not None:
         return numerics.native.norm_rope_append(

@@ -26,6 +26,7 @@ MAX_JSON_BYTES = 256 << 20
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_ITEMSIZE = max(dtype.itemsize for dtype in DTYPES.values())
 NUM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
@@ -102,12 +103,14 @@ def _read_indexed(path: Path) -> dict[str, TensorEntry]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map: fetch it again")
-    entries: dict[str, TensorEntry] = {}
-    for name in sorted({str(file) for file in weight_map.values()}):
+    names = sorted({str(file) for file in weight_map.values()})
+    for name in names:
         if not _stays_inside(name):
             raise CheckpointError(f"{index} names {name[:200]!r}, which is no safetensors file inside the folder")
         if not (path / name).exists():
             raise CheckpointError(f"{index} names {name}, which is missing: fetch it into {path}")
+    entries: dict[str, TensorEntry] = {}
+    for name in names:
         for tensor, entry in _read_header(path / name).items():
             if weight_map.get(tensor) != name:
                 where = f"in {weight_map[tensor]}" if tensor in weight_map else "nowhere"

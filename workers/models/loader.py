@@ -1,8 +1,8 @@
 """From a folder in Hugging Face layout to the fused weights that the decoder reads.
 
 Everything is checked from the headers first: names, shapes, dtypes, room. Then each tensor is read once, straight into
-its place where the dtype is the same and the device is the host, otherwise through a few small buffers. So the peak of
-host memory is the weights themselves.
+its place where that has the file's dtype and order and is on the host, otherwise through a small buffer. So the peak
+of host memory is the weights themselves.
 """
 
 from __future__ import annotations
@@ -10,17 +10,26 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NoReturn
 
 import torch
 
 from cluster.errors import CheckpointError
-from workers.models.checkpoint import DTYPES, TensorEntry, majority_dtype, read_config, read_entries, read_json
+from workers.models.checkpoint import (
+    DTYPES,
+    MAX_ITEMSIZE,
+    TensorEntry,
+    majority_dtype,
+    read_config,
+    read_entries,
+    read_json,
+)
 from workers.models.families import DERIVED_SUFFIX, family_of, spec_from_config, weight_parts
 from workers.models.spec import ModelSpec
 from workers.models.weights import (
@@ -34,6 +43,7 @@ from workers.models.weights import (
 
 NUM_READERS = 4
 PIECE_BYTES = 2 << 20  # of one read
+SERIAL_NUMBERS = 1 << 15  # torch shares out larger copies, and would fight the readers for the processors
 
 Progress = Callable[[int, int], None]  # bytes of the checkpoint read so far, and in all
 
@@ -45,12 +55,14 @@ def load_model(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
     limit_bytes: int | None = None,
+    laid_out: bool = False,
 ) -> tuple[ModelSpec, ModelWeights]:
     """The architecture and the weights of the checkpoint in folder `path`.
 
     `dtype` None: the checkpoint's own on a GPU, float32 on a CPU. `limit_bytes`: the memory that the weights may take.
-    Raises `CheckpointError` naming file and tensor, or `UnsupportedModelError` for what is not built; no memory is
-    taken before names, shapes and dtypes are found right.
+    `laid_out`: matrices lie in memory as products on a CPU read them (see `empty_weights`). Raises `CheckpointError`
+    naming file and tensor, or `UnsupportedModelError` for what is not built; no memory is taken before names, shapes
+    and dtypes are found right.
     """
     config = read_config(path)
     spec = spec_from_config(config)
@@ -72,7 +84,7 @@ def load_model(
             f"{device}: take a smaller model or a larger machine"
         )
     try:
-        weights = empty_weights(spec, device, dtype)
+        weights = empty_weights(spec, device, dtype, laid_out)
     except RuntimeError as error:  # also torch.OutOfMemoryError
         raise CheckpointError(f"no room on {device} for the {_gib(needed_bytes)} of {path}: {error}") from error
     _read(entries, dict(weight_parts(spec, weights, layouts, entries)), progress)
@@ -81,18 +93,28 @@ def load_model(
     return spec, weights
 
 
-def empty_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> ModelWeights:
-    """Weights of the right shapes with nothing in them; on the device "meta", shapes alone."""
+def empty_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype, laid_out: bool = False) -> ModelWeights:
+    """Weights of the right shapes with nothing in them; on the device "meta", shapes alone.
 
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, device=device, dtype=dtype)
+    `laid_out`: a matrix [..., out, in] lies in memory as [..., in, out], see `workers.numerics.laid_out`; a tied
+    embedding as well, whose lookup then gathers a column, which costs less than a second copy.
+    """
+
+    def vector(size: int) -> torch.Tensor:
+        return torch.empty(size, device=device, dtype=dtype)
+
+    def matrix(*shape: int) -> torch.Tensor:
+        if not laid_out:
+            return torch.empty(shape, device=device, dtype=dtype)
+        *lead, num_out, num_in = shape
+        return torch.empty((*lead, num_in, num_out), device=device, dtype=dtype).transpose(-1, -2)
 
     def dense(intermediate: int) -> DenseWeights:
         return DenseWeights(
-            gate_up=empty(2 * intermediate, spec.hidden),
-            gate_up_bias=empty(2 * intermediate) if spec.mlp_bias else None,
-            down=empty(spec.hidden, intermediate),
-            down_bias=empty(spec.hidden) if spec.mlp_bias else None,
+            gate_up=matrix(2 * intermediate, spec.hidden),
+            gate_up_bias=vector(2 * intermediate) if spec.mlp_bias else None,
+            down=matrix(spec.hidden, intermediate),
+            down_bias=vector(spec.hidden) if spec.mlp_bias else None,
         )
 
     width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
@@ -100,13 +122,13 @@ def empty_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> 
     layers = []
     for layer in spec.layers:
         attention = AttentionWeights(
-            norm=empty(spec.hidden),
-            qkv=empty(width + 2 * kv_width, spec.hidden),
-            qkv_bias=empty(width + 2 * kv_width) if spec.qkv_bias else None,
-            q_norm=None if normed is None else empty(normed[0]),
-            k_norm=None if normed is None else empty(normed[1]),
-            out=empty(spec.hidden, width),
-            out_bias=empty(spec.hidden) if spec.o_bias else None,
+            norm=vector(spec.hidden),
+            qkv=matrix(width + 2 * kv_width, spec.hidden),
+            qkv_bias=vector(width + 2 * kv_width) if spec.qkv_bias else None,
+            q_norm=None if normed is None else vector(normed[0]),
+            k_norm=None if normed is None else vector(normed[1]),
+            out=matrix(spec.hidden, width),
+            out_bias=vector(spec.hidden) if spec.o_bias else None,
         )
         mlp: DenseWeights | MoEWeights
         if layer.mlp == "dense":
@@ -115,18 +137,18 @@ def empty_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> 
             moe = spec.moe
             assert moe is not None
             mlp = MoEWeights(
-                router=empty(moe.num_experts, spec.hidden),
+                router=matrix(moe.num_experts, spec.hidden),
                 experts=ExpertWeights(
-                    gate_up=empty(moe.num_experts, 2 * moe.intermediate, spec.hidden),
-                    down=empty(moe.num_experts, spec.hidden, moe.intermediate),
+                    gate_up=matrix(moe.num_experts, 2 * moe.intermediate, spec.hidden),
+                    down=matrix(moe.num_experts, spec.hidden, moe.intermediate),
                 ),
                 shared=dense(moe.shared_intermediate) if moe.shared_intermediate else None,
-                shared_gate=empty(1, spec.hidden) if moe.shared_intermediate else None,
+                shared_gate=matrix(1, spec.hidden) if moe.shared_intermediate else None,
             )
-        layers.append(LayerWeights(attention, empty(spec.hidden), mlp))
-    embedding = empty(spec.vocab_size, spec.hidden)
-    lm_head = embedding if spec.tie_embeddings else empty(spec.vocab_size, spec.hidden)
-    return ModelWeights(embedding, tuple(layers), empty(spec.hidden), lm_head)
+        layers.append(LayerWeights(attention, vector(spec.hidden), mlp))
+    lm_head = matrix(spec.vocab_size, spec.hidden)
+    embedding = lm_head if spec.tie_embeddings else torch.empty(lm_head.shape, device=device, dtype=dtype)
+    return ModelWeights(embedding, tuple(layers), vector(spec.hidden), lm_head)
 
 
 # ------------------------------------------------------------------------------------------------------- checking
@@ -173,10 +195,10 @@ def _check_extra(entries: Mapping[str, TensorEntry], seen: set[str], spec: Model
 def _check_tied(entry: TensorEntry, embedding: torch.Tensor) -> None:
     """A checkpoint with tied embeddings may hold the matrix twice, but then it must be the same."""
     if entry.shape == tuple(embedding.shape) and entry.dtype in DTYPES:
-        buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)
+        buffer = torch.empty(_buffer_bytes([embedding]), dtype=torch.uint8)
         with _opened({"lm_head.weight": entry}) as files:
             same = all(
-                torch.equal(_fill(piece, files, buffer).to(embedding.dtype), piece.target.cpu())
+                torch.equal(_numbers(piece, files, buffer).to(embedding.dtype), piece.target.cpu())
                 for piece in _pieces("lm_head.weight", entry, embedding)
             )
         if same:
@@ -197,64 +219,91 @@ class _Piece:
     name: str
     entry: TensorEntry
     offset: int  # in the file
-    target: torch.Tensor  # [n]
+    target: torch.Tensor  # [n] or, where that is no run of memory, [rows, in]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.entry.dtype]
 
     @property
     def num_bytes(self) -> int:
-        return self.target.numel() * DTYPES[self.entry.dtype].itemsize
+        return self.target.numel() * self.dtype.itemsize
 
     @property
     def is_direct(self) -> bool:
         """The file's bytes are the target's."""
-        return self.target.device.type == "cpu" and self.target.dtype == DTYPES[self.entry.dtype]
+        target = self.target
+        return target.device.type == "cpu" and target.dtype == self.dtype and target.is_contiguous()
 
 
 def _pieces(name: str, entry: TensorEntry, part: torch.Tensor) -> Iterator[_Piece]:
-    flat, itemsize = part.view(-1), DTYPES[entry.dtype].itemsize
-    count = PIECE_BYTES // itemsize
-    for at in range(0, flat.numel(), count):
-        yield _Piece(name, entry, entry.offset + at * itemsize, flat[at : at + count])
+    runs = [part.view(-1)] if part.is_contiguous() else part.unbind() if part.dim() == 3 else [part]
+    offset = entry.offset
+    for run in runs:
+        row_bytes = run[:1].numel() * DTYPES[entry.dtype].itemsize
+        for target in run.split(max(1, PIECE_BYTES // row_bytes)):
+            yield _Piece(name, entry, offset, target)
+            offset += target.numel() * DTYPES[entry.dtype].itemsize
+
+
+def _buffer_bytes(parts: Iterable[torch.Tensor]) -> int:
+    """What the largest piece of these needs: a few rows, or one very long one."""
+    return max(PIECE_BYTES, *(part.shape[-1] * MAX_ITEMSIZE for part in parts))
 
 
 def _read(entries: Mapping[str, TensorEntry], parts: Mapping[str, torch.Tensor], progress: Progress | None) -> None:
-    """Fill `parts` from the files, in their order; several reads are under way while one piece is converted."""
+    """Fill `parts` from the files, in the files' order, several pieces at a time."""
     entries = {name: entry for name, entry in entries.items() if name in parts}
     total = sum(entry.num_bytes for entry in entries.values())
     done = 0
-    buffers: list[torch.Tensor] = []
-    under_way: deque[tuple[_Piece, torch.Tensor | None, Future[torch.Tensor]]] = deque()
+    pinned = any(part.device.type == "cuda" for part in parts.values())
+    buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
+    for _ in range(NUM_READERS):
+        buffers.put(torch.empty(_buffer_bytes(parts.values()), dtype=torch.uint8, pin_memory=pinned))
 
-    def finish_oldest() -> None:
+    def transfer(piece: _Piece) -> int:
+        if piece.is_direct:
+            _numbers(piece, files, None)
+            return piece.num_bytes
+        buffer = buffers.get_nowait()  # there are as many as readers
+        try:
+            _copy(_numbers(piece, files, buffer), piece.target)
+        finally:
+            buffers.put(buffer)
+        return piece.num_bytes
+
+    def finish(future: Future[int]) -> None:
         nonlocal done
-        piece, buffer, future = under_way.popleft()
-        numbers = future.result()
-        if buffer is not None:
-            piece.target.copy_(numbers)
-            buffers.append(buffer)
-        done += piece.num_bytes
+        done += future.result()
         if progress is not None:
             progress(done, total)
 
     with _opened(entries) as files, ThreadPoolExecutor(NUM_READERS, thread_name_prefix="read-weights") as pool:
+        under_way: deque[Future[int]] = deque()
         for name, entry in entries.items():
             for piece in _pieces(name, entry, parts[name]):
-                if len(under_way) > NUM_READERS:
-                    finish_oldest()
-                buffer = None
-                if not piece.is_direct:
-                    pinned = piece.target.device.type == "cuda"
-                    buffer = (
-                        buffers.pop() if buffers else torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=pinned)
-                    )
-                under_way.append((piece, buffer, pool.submit(_fill, piece, files, buffer)))
-        while under_way:
-            finish_oldest()
+                if len(under_way) == 2 * NUM_READERS:
+                    finish(under_way.popleft())
+                under_way.append(pool.submit(transfer, piece))
+        for future in under_way:
+            finish(future)
 
 
-def _fill(piece: _Piece, files: Mapping[Path, int], buffer: torch.Tensor | None) -> torch.Tensor:
-    """Read a piece into `buffer`, or without one into its target; -> its numbers [n] in the file's dtype."""
-    numbers = piece.target if buffer is None else buffer[: piece.num_bytes].view(DTYPES[piece.entry.dtype])
-    view = numbers.view(torch.uint8).numpy().data
+def _copy(numbers: torch.Tensor, target: torch.Tensor) -> None:
+    if target.device.type == "cpu":
+        count = max(1, SERIAL_NUMBERS // numbers[:1].numel())
+        for source, into in zip(numbers.split(count), target.split(count), strict=True):
+            into.copy_(source)
+    else:
+        target.copy_(numbers)
+
+
+def _numbers(piece: _Piece, files: Mapping[Path, int], buffer: torch.Tensor | None) -> torch.Tensor:
+    """Read a piece into `buffer`, or without one into its target; -> its numbers in the target's shape, as they are."""
+    numbers = piece.target
+    if buffer is not None:
+        numbers = buffer[: piece.num_bytes].view(piece.dtype).view(piece.target.shape)
+    view = numbers.view(-1).view(torch.uint8).numpy().data
     offset = piece.offset
 
     def fail(problem: object) -> NoReturn:

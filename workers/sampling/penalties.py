@@ -14,6 +14,8 @@ import torch
 from cluster.protocol import Sampling
 from workers.request import Request
 
+_CHUNK_ELEMENTS = 2**15  # of one pass: its intermediates stay in the cache
+
 
 def is_penalised(sampling: Sampling) -> bool:
     return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
@@ -53,8 +55,9 @@ class TokenCounts:
     """How often each token stands in a request's output, and which stand in its prompt or output."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._output = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)  # [slots, V]
-        self._seen = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)  # [slots, V]
+        # float32, because arithmetic on floats is vectorised where selections by a mask are not
+        self._output = torch.zeros(0, vocab_size, dtype=torch.float32, device=device)  # [slots, V] counts
+        self._seen = torch.zeros(0, vocab_size, dtype=torch.float32, device=device)  # [slots, V] 0 or 1
         self._slots: dict[str, _Slot] = {}
         self._free: list[int] = []
 
@@ -65,16 +68,23 @@ class TokenCounts:
             self._free.append(slot.index)
 
     def penalise(self, logits: torch.Tensor, requests: Sequence[Request], penalties: Penalties) -> torch.Tensor:
-        """`logits` [n, V] of `requests` under their penalties, as a new tensor.
+        """`logits` [n, V] of `requests` under their penalties, in a new tensor.
 
         Repetition as in CTRL (Keskar et al. 2019): a seen token's positive logit is divided by the penalty, a negative
         one multiplied. Then logit - frequency * count - presence * (count > 0), as in OpenAI's API.
         """
         slots = torch.tensor(self._count(requests), device=logits.device)
-        counts = self._output[slots]
-        repeated = torch.where(logits > 0, logits / penalties.repetition, logits * penalties.repetition)
-        logits = torch.where(self._seen[slots], repeated, logits)
-        return logits - penalties.frequency * counts - penalties.presence * (counts > 0)
+        chunk = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+        result = torch.empty_like(logits)
+        for start in range(0, len(requests), chunk):
+            part = slice(start, start + chunk)
+            seen = self._seen[slots[part]]
+            factor = seen.mul(penalties.repetition[part]).sub_(seen.sub_(1))  # the penalty where seen, 1 elsewhere
+            counts = self._output[slots[part]]
+            out = torch.div(logits[part].clamp(min=0), factor, out=result[part])
+            out.add_(factor.mul_(logits[part].clamp(max=0)))
+            out.sub_(counts.clamp(max=1).mul_(penalties.presence[part])).sub_(counts.mul_(penalties.frequency[part]))
+        return result
 
     def _count(self, requests: Sequence[Request]) -> list[int]:
         """Bring the requests' slots up to their tokens; returns the slots' indices."""
@@ -93,9 +103,9 @@ class TokenCounts:
             slot.num_counted, slot.last = len(request.tokens), new[-1]
         if seen[0]:
             device = self._seen.device
-            self._seen[torch.tensor(seen[0], device=device), torch.tensor(seen[1], device=device)] = True
+            self._seen[torch.tensor(seen[0], device=device), torch.tensor(seen[1], device=device)] = 1.0
             at = torch.tensor(output[0], device=device), torch.tensor(output[1], device=device)
-            self._output.index_put_(at, torch.ones((), dtype=torch.int32, device=device), accumulate=True)
+            self._output.index_put_(at, torch.ones((), device=device), accumulate=True)
         return [slot.index for slot in slots]
 
     def _slot(self, request: Request) -> _Slot:

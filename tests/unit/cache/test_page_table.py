@@ -2,7 +2,7 @@
 
 import pytest
 
-from support.models import make_request
+from tests.support.models import make_request
 from workers.cache.page_table import PageTable
 from workers.cache.pages import OutOfPagesError, PagePool
 from workers.request import Request

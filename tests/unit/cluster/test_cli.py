@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -128,6 +129,16 @@ def test_generate_refuses_what_the_api_refuses() -> None:
     assert shown.returncode == 1
     assert shown.stdout == ""
     assert "temperature" in shown.stderr
+
+
+def test_bench_passes_its_arguments_on_and_returns_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setitem(
+        sys.modules, "loadtests.serve", SimpleNamespace(main=lambda arguments: calls.append(list(arguments)) or 3)
+    )
+    arguments = ["--quick", "--json", "rows.json", "--base-url", "http://127.0.0.1:1", "--help"]
+    assert CliRunner().invoke(cli.app, ["bench", "serve", *arguments]).exit_code == 3
+    assert calls == [arguments]
 
 
 def test_errors_of_ours_reach_main_and_others_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

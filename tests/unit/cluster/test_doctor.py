@@ -80,9 +80,17 @@ def test_the_demo_model_that_is_missing_says_what_to_do(tmp_path: Path) -> None:
     assert doctor.demo_finding(tmp_path).state == "ok"
 
 
-def test_a_compiler_is_optional(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_compiler_is_noted_with_its_install_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor.compiler_finding("C compiler", ("cc", "gcc")).state == "note"
+    finding = doctor.compiler_finding()
+    assert finding.state == "note"
+    assert "apt-get install g++" in finding.advice
+    compiler = tmp_path / "my-c++"
+    compiler.write_text("")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", "my-c++")
+    assert doctor.compiler_finding().found == str(compiler)
 
 
 def test_the_whole_report_covers_each_part_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -120,6 +120,35 @@ def test_serves_until_sigterm_then_ends_every_child_with_exit_code_0(start: Star
     assert not [line for line in served.lines if "Traceback" in line or "ERROR" in line]
 
 
+def test_a_folder_is_served_under_its_name(start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    save_tokenizer(folder)
+    served = start(str(folder))
+    models = httpx.get(f"{served.url}/v1/models", timeout=DEADLINE_S).json()
+    assert [model["id"] for model in models["data"]] == ["my-model"]
+    served.signal()
+    assert served.wait() == 0
+
+
+def test_a_worker_that_ends_while_we_drain_is_not_started_again(start: Start, tmp_path: Path) -> None:
+    served = start("--drain-timeout", "600", SCRIPTED_GATE=str(tmp_path / "never"))
+    with httpx.Client(base_url=served.url, timeout=DEADLINE_S) as client:
+        replies: list[httpx.Response] = []
+        running = threading.Thread(target=lambda: replies.append(client.post("/v1/chat/completions", json=CHAT)))
+        running.start()
+        _wait_for_open_requests(client, 1)
+        worker_pid = served.worker_pid()
+        served.signal()
+        served.wait_for("stopping")
+        os.kill(worker_pid, signal.SIGKILL)
+        running.join(DEADLINE_S)
+        assert replies[0].json()["error"]["code"] == "worker_lost"
+    assert served.wait() == 0
+    served.wait_for("(end)")
+    assert not [line for line in served.lines if "starting it again" in line]
+
+
 def test_ctrl_c_lets_a_stream_finish_and_admits_nothing_more(start: Start, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     served = start(SCRIPTED_GATE=str(gate))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from cluster.errors import ContextLengthError, InvalidValueError
 from cluster.protocol import RequestOutput, Sampling, Stopping, Submit
-from support.models import TINY, Driver, make_decoder, random_weights
-from support.numerics import numerics
-from support.tokenizers_ import build
+from tests.support.models import TINY, Driver, make_decoder, random_weights
+from tests.support.numerics import numerics
+from tests.support.tokenizers_ import build
 from workers.engine import Engine, EngineOptions
 from workers.models.decoder import Decoder
 from workers.models.tokenizer import Tokenizer
@@ -146,7 +145,10 @@ def test_resumption_gives_the_same_tokens(decoder: Decoder, tokenizer: Tokenizer
     assert rest.outputs["x"][0].index == 13
     assert [token for output in rest.outputs["x"] for token in output.token_ids] == tokens[13:]
     text = "".join(output.text for output in whole.outputs["x"])
-    assert "".join(output.text for output in rest.outputs["x"]) == text[len(text) - len("".join(o.text for o in rest.outputs["x"])):]
+    assert (
+        "".join(output.text for output in rest.outputs["x"])
+        == text[len(text) - len("".join(o.text for o in rest.outputs["x"])) :]
+    )
 
 
 def test_abort_frees_pages_in_every_state(decoder: Decoder, tokenizer: Tokenizer) -> None:

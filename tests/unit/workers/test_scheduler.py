@@ -1,6 +1,6 @@
 """Which tokens run next."""
 
-from support.models import make_request
+from tests.support.models import make_request
 from workers.cache.page_table import PageTable
 from workers.cache.pages import PagePool
 from workers.request import Request, Status

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import load
-from cluster.control.launch import PACKAGES, WorkerProcess, backoff_s, launch_message, worker_environment
+from cluster.control.launch import PACKAGES, WorkerProcess, backoff_s, launch_message, socket_folder, worker_environment
 from cluster.errors import DeadlineError, WorkerLostError
 from cluster.machine import Machine
 from cluster.protocol import Launch
@@ -213,6 +213,17 @@ asyncio.run(main())
         pid = int(parent.stdout.readline())
         parent.kill()
     wait_for_end(pid, DEADLINE_S)
+
+
+def test_the_sockets_folder_is_private_short_and_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 90)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with socket_folder() as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert len(str(folder)) < 90
+        (folder / "worker.sock").touch()
+    assert not folder.exists()
 
 
 def test_backoff_grows_to_a_bound() -> None:

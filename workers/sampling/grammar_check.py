@@ -1,0 +1,86 @@
+"""A program, not a module: compiles grammars where doing so may take too long, too much memory, or the whole process.
+
+    python -P grammar_check.py MAX_MEMORY_BYTES
+
+Reads one grammar a line on standard input (llguidance's JSON form) and answers one line: {"error": text or null}. It
+ends with its input. It is run under a bound on its memory and on its stack, at low priority, and killed by its parent
+when it is late: a library's recursion or a doubling that no limit stops then costs a caller an error, not a worker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import sys
+import threading
+from typing import Any
+
+import llguidance
+
+STACK_BYTES = 2 * 2**20  # less than any thread that will hold the grammar later
+NUM_WALKS = 3
+WALK_TOKENS = 48
+EOS = 256
+
+
+class _Bytes:
+    """The vocabulary of all bytes, and an EOS: whether a grammar explodes hardly depends on the tokenizer."""
+
+    eos_token_id = EOS
+    bos_token_id = None
+    tokens = [bytes((value,)) for value in range(256)] + [b"<eos>"]  # noqa: RUF012
+    special_token_ids = [EOS]  # noqa: RUF012
+
+    def __call__(self, text: bytes) -> list[int]:
+        return list(text)
+
+
+def limit_memory(max_bytes: int) -> None:
+    """Let the address space grow by `max_bytes`, where the system can tell and bound it."""
+    try:
+        with open("/proc/self/statm") as statm:
+            used = int(statm.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + max_bytes, used + max_bytes))
+    except (OSError, ValueError):
+        return
+
+
+def check(tokenizer: llguidance.LLTokenizer, grammar: str, limits: dict[str, Any]) -> str | None:
+    """Compile `grammar` and follow it along a few random walks; what is wrong with it, or None."""
+    matcher = llguidance.LLMatcher(
+        tokenizer, grammar, log_level=0, limits=llguidance.LLParserLimits(verbose_errors=False, **limits)
+    )
+    generator = random.Random(0)
+    for _ in range(NUM_WALKS):
+        walk = matcher.deep_copy()
+        for _ in range(WALK_TOKENS):
+            if walk.is_error() or walk.is_stopped():
+                break
+            mask = int.from_bytes(walk.compute_bitmask(), "little")
+            allowed = [token for token in range(EOS) if mask >> token & 1]
+            if not allowed:
+                break
+            walk.consume_token(generator.choice(allowed))
+        if walk.is_error():
+            return walk.get_error()
+    return None
+
+
+def main() -> None:
+    os.nice(10)
+    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes()))
+    limit_memory(int(sys.argv[1]))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        error = check(tokenizer, request["grammar"], request["limits"])
+        print(json.dumps({"error": error}), flush=True)
+
+
+if __name__ == "__main__":
+    threading.stack_size(STACK_BYTES)
+    worker = threading.Thread(target=main)
+    worker.start()
+    worker.join()
