@@ -21,7 +21,7 @@ from workers.models.decoder import Decoder
 from workers.models.loader import eos_token_ids, load_model
 from workers.models.spec import ModelSpec
 from workers.models.tokenizer import Tokenizer
-from workers.models.weights import ModelWeights, MoEWeights, lay_out
+from workers.models.weights import ModelWeights, MoEWeights
 from workers.numerics import detect
 from workers.scheduler import SchedulerOptions
 
@@ -139,11 +139,12 @@ def build_engine(launch: Launch, progress: Callable[[int, int], None] | None = N
     # bf16 products on a CPU can be a hundred times slower than fp32, and are never needed for parity.
     dtype = torch.float32 if device.type == "cpu" else None
     limit_bytes = int(available_bytes(device) * WEIGHTS_SHARE)
-    spec, weights = load_model(path, device=device, dtype=dtype, progress=progress, limit_bytes=limit_bytes)
+    spec, weights = load_model(
+        path, device=device, dtype=dtype, progress=progress, limit_bytes=limit_bytes, laid_out=device.type == "cpu"
+    )
     dtype = weights.embedding.dtype
     native = None
     if device.type == "cpu":
-        weights = lay_out(weights)
         native = host_kernels(launch)
     numerics = detect(launch.numerics, device, dtype, product_shapes(weights), native)
     if launch.numerics == "invariant" and numerics.name == "fast":

@@ -100,7 +100,7 @@ class Engine:
         request.stop_checker = StopChecker(detokenizer, request.stopping, self.eos_token_ids)
         request.matcher = matcher
         if request.num_output:
-            request.stop_checker.restore(request.output_ids)
+            request.ended = request.stop_checker.restore(request.output_ids)
             if matcher is not None:
                 for token_id in request.output_ids:
                     matcher.accept(token_id)
@@ -112,6 +112,8 @@ class Engine:
             raise InvalidValueError(f"request id {request.request_id!r} is already running", param="request_id")
         self._requests[request.request_id] = request
         self._scheduler.add(request)
+        if request.ended is not None:
+            self._end(request, request.ended)
 
     def abort(self, request_id: str) -> None:
         """End a request now and free its pages; an unknown id is none of our business any more."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.errors import ContextLengthError, InvalidValueError
-from cluster.protocol import Sampling, Stopping, Submit, TokenLogprobs
+from cluster.protocol import Finish, Sampling, Stopping, Submit, TokenLogprobs
 
 if TYPE_CHECKING:
     from workers.sampling.guided import Matcher
@@ -51,6 +51,7 @@ class Request:
     stop_checker: StopChecker | None = None
     matcher: Matcher | None = None  # the grammar's state
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    ended: Finish | None = None  # the end that a resumed request's tokens had reached already
     told_prompt: bool = False  # its first output, which carries what concerns the prompt, is out
 
     @property

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 import msgspec
 
-from cluster.errors import ForetokenError, GrammarError
+from cluster.errors import ForetokenError
 from cluster.protocol import (
     PROTOCOL_VERSION,
     SERVICE,
@@ -61,7 +61,7 @@ class WorkerService:
     def __init__(self, built: BuiltEngine, hello: Hello) -> None:
         self.hello = hello
         self._engine = built.engine
-        self._compiler = GrammarCompiler(built.engine.tokenizer, built.engine.eos_token_ids, hello.vocab_size)
+        self._compiler = GrammarCompiler(built.engine.tokenizer, built.engine.eos_token_ids)
         self._loop = asyncio.get_running_loop()
         self.runner = EngineRunner(built.engine, self._publish)
         self._owners: dict[str, _Stream] = {}
@@ -133,8 +133,8 @@ class WorkerService:
     async def _compile_and_start(self, submit: Submit) -> None:
         assert submit.sampling.grammar is not None
         try:
-            compiled = await asyncio.to_thread(self._compiler.compile, submit.sampling.grammar)
-        except GrammarError as error:
+            compiled = await asyncio.wrap_future(self._compiler.submit(submit.sampling.grammar))
+        except ForetokenError as error:
             self._dispatch(refusal(submit.request_id, error))
             return
         self._start(submit, compiled)

@@ -61,7 +61,7 @@ class Gateway:
             return
         self.admission.draining = True
         error = DrainingError(f"the server shut down before the request was done ({self.settings.drain_timeout_s:g} s)")
-        pass
+        asyncio.get_running_loop().call_later(self.settings.drain_timeout_s, self.worker.fail, error)
 
     async def close(self) -> None:
         """Drain, then leave the worker."""

@@ -13,34 +13,42 @@ namespace {
 
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
-// Scores of one row against one page -> exponentials, and the running maximum and sum (online softmax).
-// Keys low … high - 1 of the page are seen. Returns what the sums so far must be multiplied with.
-float exponentials(float* scores, int64_t page_size, int64_t low, int64_t high, float* top, float* total) {
-  float best = *top;
-  for (int64_t i = low; i < high; ++i) best = scores[i] > best ? scores[i] : best;
-  for (int64_t i = 0; i < low; ++i) scores[i] = kNegInf;
-  for (int64_t i = std::max(low, high); i < page_size; ++i) scores[i] = kNegInf;
+// A row's online softmax: the greatest score so far, and the sum of exponentials, lane by lane.
+struct Row {
+  float top;
+  Vec total;
+};
+
+// Scores of one row against one page -> exponentials. Keys low … high - 1 of the page are seen.
+// Returns what the sums so far must be multiplied with.
+float exponentials(float* scores, int64_t page_size, int64_t low, int64_t high, Row& row) {
+  std::fill(scores, scores + low, kNegInf);
+  std::fill(scores + std::max(low, high), scores + page_size, kNegInf);
+  Vec tops = splat(row.top);
+  int64_t i = 0;
+  for (; i + kLanes <= page_size; i += kLanes) {
+    const Vec x = load(scores + i);
+    tops = x > tops ? x : tops;
+  }
+  float best = max_lanes(tops);
+  for (; i < page_size; ++i) best = scores[i] > best ? scores[i] : best;
   if (best == kNegInf) {  // nothing seen yet: a page before the sliding window
     std::fill(scores, scores + page_size, 0.0f);
     return 1.0f;
   }
-  const float rescale = *top == best ? 1.0f : vexp(splat(*top - best))[0];
+  const float rescale = row.top == best ? 1.0f : vexp(splat(row.top - best))[0];
+  row.top = best;
   Vec sums{};
-  int64_t i = 0;
-  for (; i + kLanes <= page_size; i += kLanes) {
+  for (i = 0; i + kLanes <= page_size; i += kLanes) {
     const Vec weights = vexp(load(scores + i) - splat(best));
     store(scores + i, weights);
     sums += weights;
   }
-  float rest = 0;
   if (i < page_size) {
-    const int64_t count = page_size - i;
-    const Vec weights = vexp(load_some(scores + i, count) - splat(best));
-    store_some(scores + i, weights, count);
-    for (int64_t j = 0; j < count; ++j) rest += scores[i + j];
+    store_some(scores + i, vexp(load_some(scores + i, page_size - i) - splat(best)), page_size - i);
+    sums += load_some(scores + i, page_size - i);
   }
-  *total = *total * rescale + (sum_lanes(sums) + rest);
-  *top = best;
+  row.total = row.total * rescale + sums;
   return rescale;
 }
 
@@ -57,7 +65,8 @@ void foretoken_paged_attention(const float* q, const float* k_cache, const float
   for (int64_t b = 0; b < num_blocks; ++b) work += blocks[b * 5 + 2] * blocks[b * 5 + 4];
   const int threads = work * num_heads * head_dim * page_size * 2 < 200000 ? 1 : static_cast<int>(num_threads);
   parallel_for(num_blocks * num_kv_heads, threads, [&](int64_t task) {
-    thread_local std::vector<float> scaled, scores, sums, tops, totals;
+    thread_local std::vector<float> scaled, scores, sums;
+    thread_local std::vector<Row> rows;
     thread_local std::vector<const float*> query_rows, weight_rows;
     thread_local std::vector<float*> score_rows, sum_rows;
     // Backwards: the longest blocks of a prompt come first, so that the last task is a short one.
@@ -67,8 +76,7 @@ void foretoken_paged_attention(const float* q, const float* k_cache, const float
     scaled.resize(num_rows * head_dim);
     scores.resize(num_rows * page_size);
     sums.assign(num_rows * head_dim, 0.0f);
-    tops.assign(num_rows, kNegInf);
-    totals.assign(num_rows, 0.0f);
+    rows.assign(num_rows, Row{kNegInf, Vec{}});
     query_rows.resize(num_rows);
     weight_rows.resize(num_rows);
     score_rows.resize(num_rows);
@@ -90,7 +98,7 @@ void foretoken_paged_attention(const float* q, const float* k_cache, const float
         const int64_t query = block[1] + r / per_kv;
         const int64_t high = std::clamp<int64_t>(query + 1 - first_key, 0, page_size);
         const int64_t low = window > 0 ? std::clamp<int64_t>(query - window + 1 - first_key, 0, page_size) : 0;
-        const float rescale = exponentials(score_rows[r], page_size, low, high, &tops[r], &totals[r]);
+        const float rescale = exponentials(score_rows[r], page_size, low, high, rows[r]);
         if (rescale != 1.0f)
           for (int64_t i = 0; i < head_dim; ++i) sum_rows[r][i] *= rescale;
       }
@@ -98,7 +106,7 @@ void foretoken_paged_attention(const float* q, const float* k_cache, const float
     }
     for (int64_t r = 0; r < num_rows; ++r) {
       float* target = out + ((block[0] + r / per_kv) * num_heads + head * per_kv + r % per_kv) * head_dim;
-      const float inverse = 1.0f / totals[r];
+      const float inverse = 1.0f / sum_lanes(rows[r].total);
       for (int64_t i = 0; i < head_dim; ++i) target[i] = sum_rows[r][i] * inverse;
     }
   });

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+
+from workers.models.families import FAMILIES, spec_from_config, weight_parts
+from workers.models.loader import empty_weights
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10_000.0}
 LLAMA3 = {
@@ -136,3 +140,53 @@ def old_style_config(folder: Path) -> dict[str, Any]:
     if config["model_type"] == "qwen3_moe":
         config["num_experts"] = config.pop("num_local_experts")
     return config
+
+
+# ------------------------------------------------------------------------------------------- without transformers
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "head_dim": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "eos_token_id": 7,
+}
+INDEX = "model.safetensors.index.json"
+
+Tensors = dict[str, torch.Tensor]
+
+
+def random_tensors(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Tensors:
+    """A tensor for each name that this `config.json` asks for, in the hub's layout."""
+    spec = spec_from_config(config)
+    outline = empty_weights(spec, torch.device("meta"), dtype)
+    generator = torch.Generator().manual_seed(3)
+    layouts = FAMILIES[spec.family].moe_layouts
+    return {
+        name: torch.randn(part.shape, generator=generator).to(dtype)
+        for name, part in weight_parts(spec, outline, layouts, ())
+    }
+
+
+def write(folder: Path, config: dict[str, Any], tensors: Tensors, num_shards: int = 1) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    if num_shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    names = sorted(tensors)
+    weight_map = {}
+    for shard in range(num_shards):
+        file = f"model-{shard + 1:05}-of-{num_shards:05}.safetensors"
+        save_file({name: tensors[name] for name in names[shard::num_shards]}, folder / file)
+        weight_map |= dict.fromkeys(names[shard::num_shards], file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder

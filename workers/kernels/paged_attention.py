@@ -8,10 +8,14 @@ zeros, so the result of a row depends on its own keys alone.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from workers.attention.paged import AttentionGroup, AttentionPlan
 from workers.numerics import Numerics
+
+if TYPE_CHECKING:
+    from workers.attention.paged import AttentionGroup, AttentionPlan
 
 
 def tree_sum(x: torch.Tensor) -> torch.Tensor:

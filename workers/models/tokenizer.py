@@ -122,7 +122,9 @@ class Tokenizer:
                 continue
             text = self.decode([anchor, token_id], skip_special_tokens=False)
             alone = not text.startswith(prefix)
-            table.append((self.decode([token_id], skip_special_tokens=False) if alone else text[len(prefix) :]).encode())
+            table.append(
+                (self.decode([token_id], skip_special_tokens=False) if alone else text[len(prefix) :]).encode()
+            )
         return table
 
 
@@ -198,9 +200,7 @@ class _PieceStream:
 
     __slots__ = ("_byte_values", "_drop_first", "_run", "_strip", "_tokens")
 
-    def __init__(
-        self, tokens: list[str | None], byte_values: dict[int, int], strip: bool, *, drop_first: bool
-    ) -> None:
+    def __init__(self, tokens: list[str | None], byte_values: dict[int, int], strip: bool, *, drop_first: bool) -> None:
         self._tokens = tokens
         self._byte_values = byte_values
         self._drop_first = drop_first and strip
@@ -289,8 +289,13 @@ class _Vocabulary:
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
         self.special_token_ids = sorted(tokenizer.special_ids)
 
-    def __call__(self, text: bytes) -> list[int]:
-        return self._tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False)
+    def __call__(self, _text: bytes) -> list[int]:
+        """llguidance would force the usual tokenization of text that a grammar leaves no choice about.
+
+        Told of none, it allows every token that fits, and the model chooses. (A SentencePiece encoder also puts a space
+        in front, which is no continuation of the text before.)
+        """
+        return []
 
 
 def _decoder_kind(decoder: dict[str, Any] | None) -> tuple[Kind, bool]:

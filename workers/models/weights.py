@@ -6,7 +6,7 @@ Linear weights are [out, in], as `torch.nn.functional.linear` takes them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -61,40 +61,3 @@ class ModelWeights:
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor  # [H]
     lm_head: torch.Tensor  # [V, H]; the embedding itself where they are tied
-
-
-def _lay_out(weight: torch.Tensor) -> torch.Tensor:
-    """[..., out, in] -> the same values in the same memory, running [..., in, out]; at most a matrix more meanwhile."""
-    for matrix in weight.view(-1, *weight.shape[-2:]):
-        matrix.view(-1).copy_(matrix.t().reshape(-1))
-    return weight.view(*weight.shape[:-2], weight.shape[-1], weight.shape[-2]).transpose(-1, -2)
-
-
-def lay_out(weights: ModelWeights) -> ModelWeights:
-    """The same weights as the products on a CPU read them (see `workers.numerics`). Takes over `weights`' memory.
-
-    A tied embedding stays one tensor: a lookup then gathers a column, which costs less than a second copy.
-    """
-
-    def dense(mlp: DenseWeights) -> DenseWeights:
-        return replace(mlp, gate_up=_lay_out(mlp.gate_up), down=_lay_out(mlp.down))
-
-    layers = []
-    for layer in weights.layers:
-        attention = replace(layer.attention, qkv=_lay_out(layer.attention.qkv), out=_lay_out(layer.attention.out))
-        mlp = layer.mlp
-        if isinstance(mlp, MoEWeights):
-            experts = ExpertWeights(_lay_out(mlp.experts.gate_up), _lay_out(mlp.experts.down))
-            mlp = replace(
-                mlp,
-                router=_lay_out(mlp.router),
-                experts=experts,
-                shared=None if mlp.shared is None else dense(mlp.shared),
-                shared_gate=None if mlp.shared_gate is None else _lay_out(mlp.shared_gate),
-            )
-        else:
-            mlp = dense(mlp)
-        layers.append(replace(layer, attention=attention, mlp=mlp))
-    tied = weights.lm_head.data_ptr() == weights.embedding.data_ptr()
-    lm_head = _lay_out(weights.lm_head)
-    return replace(weights, layers=tuple(layers), lm_head=lm_head, embedding=lm_head if tied else weights.embedding)

@@ -69,9 +69,7 @@ def candidates(logits: torch.Tensor, filters: Filters) -> tuple[torch.Tensor, to
     return ids, kept
 
 
-def _look(
-    logits: torch.Tensor, filters: Filters, level: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _look(logits: torch.Tensor, filters: Filters, level: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Filter the `level` most likely tokens: ids, kept scaled logits, and the rows [n] whose kept set may go on.
 
     A row is known to end here where the last token looked at is dropped for a reason that holds for every less likely

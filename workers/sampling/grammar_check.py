@@ -2,9 +2,10 @@
 
     python -P grammar_check.py MAX_MEMORY_BYTES
 
-Reads one grammar a line on standard input (llguidance's JSON form) and answers one line: {"error": text or null}. It
-ends with its input. It is run under a bound on its memory and on its stack, at low priority, and killed by its parent
-when it is late: a library's recursion or a doubling that no limit stops then costs a caller an error, not a worker.
+Reads one request a line on standard input, {"grammar": llguidance's JSON form, "limits": of its parser, "cpu_s": time},
+and answers one line: {"error": text or null}. It ends with its input. It runs at low priority under bounds on its
+memory and its stack; a grammar that takes more than `cpu_s` seconds of processor time ends it by SIGPROF. A library's
+recursion, or a doubling that no limit stops, then costs a caller an error and not a worker.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import random
 import resource
+import signal
 import sys
 import threading
 from typing import Any
@@ -22,6 +24,7 @@ import llguidance
 STACK_BYTES = 2 * 2**20  # less than any thread that will hold the grammar later
 NUM_WALKS = 3
 WALK_TOKENS = 48
+MAX_MESSAGE = 2000  # characters; an answer fits into a pipe
 EOS = 256
 
 
@@ -33,8 +36,8 @@ class _Bytes:
     tokens = [bytes((value,)) for value in range(256)] + [b"<eos>"]  # noqa: RUF012
     special_token_ids = [EOS]  # noqa: RUF012
 
-    def __call__(self, text: bytes) -> list[int]:
-        return list(text)
+    def __call__(self, _text: bytes) -> list[int]:
+        return []  # as the tokenizers of models do: no token is forced
 
 
 def limit_memory(max_bytes: int) -> None:
@@ -69,14 +72,16 @@ def check(tokenizer: llguidance.LLTokenizer, grammar: str, limits: dict[str, Any
 
 
 def main() -> None:
-    os.nice(10)
+    os.nice(5)
     tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes()))
     limit_memory(int(sys.argv[1]))
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, request["cpu_s"])  # its default action ends the process, even inside Rust
         error = check(tokenizer, request["grammar"], request["limits"])
-        print(json.dumps({"error": error}), flush=True)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps({"error": error and error[:MAX_MESSAGE]}), flush=True)
 
 
 if __name__ == "__main__":

@@ -139,9 +139,7 @@ class Sampler:
             logits = part.constraints.apply_(logits if part.rows is not None else logits.clone(), self._counts)
         return [self._draw(logits if draw.rows is None else logits[draw.rows], draw, keys) for draw in part.draws]
 
-    def _draw(
-        self, logits: torch.Tensor, draw: _Draw, keys: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draw(self, logits: torch.Tensor, draw: _Draw, keys: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if draw.kind == "greedy":
             values, ids = logits.max(-1)
             return values, ids
@@ -188,7 +186,9 @@ class Sampler:
             if request.stopping.min_tokens
         ]
         below_min = {row for row, length in min_length if lengths[row] < length}
-        constrained = [is_constrained(request, below_min_tokens=row in below_min) for row, request in enumerate(requests)]
+        constrained = [
+            is_constrained(request, below_min_tokens=row in below_min) for row, request in enumerate(requests)
+        ]
         parts: list[_Part] = []
         order: list[int] = []
         keyed: list[int] = []
@@ -257,10 +257,7 @@ def _kind(request: Request, vocab_size: int) -> str:
     if sampling.temperature == 0:
         return "greedy"
     unfiltered = (
-        not 0 < sampling.top_k < vocab_size
-        and sampling.top_p >= 1
-        and sampling.typical_p >= 1
-        and sampling.min_p <= 0
+        not 0 < sampling.top_k < vocab_size and sampling.top_p >= 1 and sampling.typical_p >= 1 and sampling.min_p <= 0
     )
     return "plain" if unfiltered else "filtered"
 

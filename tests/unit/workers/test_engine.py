@@ -151,6 +151,14 @@ def test_resumption_gives_the_same_tokens(decoder: Decoder, tokenizer: Tokenizer
     )
 
 
+def test_resuming_what_had_ended_gives_its_end_alone(decoder: Decoder, tokenizer: Tokenizer) -> None:
+    run = Run(decoder, tokenizer)
+    run.submit("x", prompt(20), 3, output_ids=(7, 8, 9))
+    run.finish()
+    assert run.tokens("x") == []
+    assert run.reason("x") == "length"
+
+
 def test_abort_frees_pages_in_every_state(decoder: Decoder, tokenizer: Tokenizer) -> None:
     run = Run(decoder, tokenizer, token_budget=8, max_num_seqs=2)
     run.submit("decode", prompt(4), 50)

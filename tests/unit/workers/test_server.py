@@ -252,9 +252,12 @@ def test_what_cannot_be_is_one_clear_line(
 ) -> None:
     path = Path(str(options.pop("model_path", checkpoint)))
     worker = Worker(path, folder, **options)
-    _, errors = worker.process.communicate(timeout=DEADLINE_S)
+    assert worker.process.stderr is not None
+    errors = worker.process.stderr.read()
     lines = [line for line in errors.decode().splitlines() if line.startswith("error: ")]
-    assert worker.process.returncode == 2
+    code = worker.process.wait(DEADLINE_S)
+    worker.end()
+    assert code == 2
     assert len(lines) == 1
     assert message in lines[0]
     assert "Traceback" not in errors.decode()
