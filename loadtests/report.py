@@ -121,10 +121,12 @@ def show(value: float | None) -> str:
 def print_table(rows: Sequence[Row], console: Console | None = None) -> None:
     """All rows as one table, then the machine, and by case what the figures stand beside or why there is none."""
     console = console or Console(soft_wrap=True)
+    if not console.is_terminal:  # a file or a pipe has room
+        console.width = max(console.width, 140)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("case", "metric", "value", "unit", "baseline", "ratio", "goal"):
         is_number = column in ("value", "baseline", "ratio", "goal")
-        table.add_column(column, justify="right" if is_number else "left", no_wrap=True)
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
     for row in rows:
         cells = (show(row.value), row.unit, show(row.baseline), show(row.ratio), row.goal)
         table.add_row(row.case, row.metric, *cells, style="dim" if row.reason else None)

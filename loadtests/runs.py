@@ -40,8 +40,8 @@ class Scale:
     starts: int  # of `first_token_s`
 
 
-FULL = Scale((64, 128), (64, 64), (64, 128), 512, (8, 64), (8, 256), (NUM_REQUESTS, 16, 512), 5, 3, 3)
-QUICK = Scale((32, 32), (32, 16), (32, 32), 256, (8, 32), (4, 64), (NUM_REQUESTS, 4, 128), 3, 1, 1)
+FULL = Scale((64, 128), (64, 96), (64, 128), 512, (8, 32), (16, 256), (NUM_REQUESTS, 16, 512), 5, 3, 3)
+QUICK = Scale((32, 32), (32, 32), (32, 32), 256, (8, 32), (8, 64), (NUM_REQUESTS, 4, 128), 3, 1, 1)
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,10 @@ OVERHEAD = "burst32", "step_overhead_s", "s"
 FIRST_TOKEN = "start", "first_token_s", "s"
 INVARIANT = "engine_decode32/fast", "engine_decode1/fast", "engine_prefill/fast"
 MIXED = "mixed32/static_batching"
-MIXED_SLOTS = 8  # sequences at once in `mixed32`: four static batches
+MIXED_SLOTS = 4  # sequences at once in `mixed32`: few, so that a step costs much the same however many are taken
 OPENER_TOKENS = 32
 OPENER_S = 0.01  # between the opener and the others,
-SEND_GAP_S = 0.001  # and from one of those to the next: the order of arrival makes the batches
+SEND_GAP_S = 0.0005  # and from one of those to the next: the order of arrival makes the batches
 
 
 def run(options: Options, say: Callable[[str], None]) -> list[Row]:

@@ -9,7 +9,7 @@ from loadtests.report import Row
 from loadtests.runs import NUM_REQUESTS, RUN_S, START_S, Bench, Case, ratio, ratio_rows, throughput_rows
 from loadtests.workload import Poisson
 
-POISSON_RATE = 64.0  # arrivals a second: several times what one request after another can use up
+POISSON_RATE = 256.0  # arrivals a second: the last has come before even we are done with the first
 
 
 class TransformersCases:

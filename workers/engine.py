@@ -23,7 +23,7 @@ from workers.models.decoder import Decoder
 from workers.models.tokenizer import Detokenizer, Tokenizer
 from workers.request import Request, Status
 from workers.sampling.guided import Matcher
-from workers.sampling.sampler import Sampler
+from workers.sampling.sampler import Sampler, failure
 from workers.sampling.stop import StopChecker
 from workers.scheduler import Scheduler, SchedulerOptions
 from workers.step import SampledRow, Scheduled, StepPlan
@@ -291,9 +291,8 @@ class Engine:
 
     def _take(self, request: Request, row: SampledRow) -> None:
         """Append a sampled token, and end the request where it says so."""
-        if row.token_id < 0:
-            message = "no token is allowed next: the grammar, bad_words or the model's logits leave none"
-            self._end(request, Finish(reason="error", error_code=EngineError.code, error_message=message))
+        if (error := failure(request, row)) is not None:
+            self._end(request, Finish(reason="error", error_code=error.code, error_message=error.message))
             return
         index = request.num_output
         request.tokens.append(row.token_id)

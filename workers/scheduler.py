@@ -68,12 +68,12 @@ class Scheduler:
 
     def _reserve(self, request: Request, num_tokens: int, preempted: list[Request], scheduled: list[Scheduled]) -> bool:
         """Pages for `request`, taken from the youngest where none are free; False where it was itself the youngest."""
-        chosen = {id(item.request) for item in scheduled}
         while True:
             try:
                 self._pages.reserve(request, num_tokens)
                 return True
             except OutOfPagesError:
+                chosen = {id(item.request) for item in scheduled}
                 # Whoever is in the step already keeps its place: undoing it would undo its reservation too.
                 victim = max((r for r in self.running if id(r) not in chosen), key=_age)
                 self._preempt(victim)

@@ -39,6 +39,7 @@ CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),  # a new channel tries at once, whatever the last one met
 )
+CANCEL_RETRY_S = 0.5  # grpc can lose a cancellation that meets the end of a call
 DEADLINE_GRACE_S = 1.0  # the worker keeps a request's deadline; past this we do
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -97,10 +98,10 @@ class WorkerClient:
     async def close(self) -> None:
         """End what runs and leave the worker; it aborts what it still has of ours."""
         self.fail(UnavailableError("the server has shut down"))
-        if self._task is not None:
+        while self._task is not None and not self._task.done():
             self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+            await asyncio.wait({self._task}, timeout=CANCEL_RETRY_S)
+        self._task = None
 
     @property
     def hello(self) -> Hello | None:
@@ -180,7 +181,7 @@ class WorkerClient:
                 self._channel = None
                 if self._refusal is None:
                     self._connected.clear()
-                (lambda *a, **k: None)(
+                self._end_running(
                     WorkerLostError("the worker that ran this request was lost; send it again"), reason="worker_lost"
                 )
             await asyncio.sleep(self._reconnect_delay_s)
@@ -215,7 +216,10 @@ class WorkerClient:
             both = {asyncio.ensure_future(self._read(call)), asyncio.ensure_future(self._write(call, self._outbox))}
             try:
                 done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-                done.pop().result()
+                first = done.pop()
+                if first.cancelled():  # by grpc: nobody else knows the task
+                    raise _ConnectionLostError("the stream was cancelled")
+                first.result()
             finally:
                 for task in both:
                     task.cancel()

@@ -112,6 +112,8 @@ class Driver:
         self._kv = KVCache(
             decoder.spec, pages_each * len(sequences), page_size, decoder.weights.embedding.device, dtype
         )
+        for page_id in range(self._kv.num_pages):
+            self._kv.clear_page(page_id)
         for i, request in enumerate(self.requests):
             # Interleaved on purpose: neighbours in a sequence are not neighbours in memory.
             request.page_ids = [i + page * len(sequences) for page in range(pages_each)]

@@ -16,8 +16,9 @@ class KVCache:
     ) -> None:
         pages = (num_pages, spec.num_kv_heads)
         k_shape, v_shape = (*pages, spec.head_dim, page_size), (*pages, page_size, spec.head_dim)
-        self.k = [torch.zeros(k_shape, device=device, dtype=dtype) for _ in spec.layers]
-        self.v = [torch.zeros(v_shape, device=device, dtype=dtype) for _ in spec.layers]
+        # Empty: a page is blanked when it is handed out, and memory that no page ever needs is never touched.
+        self.k = [torch.empty(k_shape, device=device, dtype=dtype) for _ in spec.layers]
+        self.v = [torch.empty(v_shape, device=device, dtype=dtype) for _ in spec.layers]
         self.num_pages = num_pages
         self.page_size = page_size
 

@@ -54,6 +54,8 @@ class PageTable:
         """
         first = request.num_computed // self.page_size
         last = (request.num_computed + num_tokens - 1) // self.page_size
+        if first == last < len(request.page_ids) and not self._is_shared(request.page_ids[first]):
+            return  # the common case of decoding
         shared = [i for i in range(first, min(last + 1, len(request.page_ids))) if self._is_shared(request.page_ids[i])]
         num_new = max(0, last + 1 - len(request.page_ids))
         if num_new + len(shared) > self.pool.num_free:

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import llguidance
 import tokenizers
 
-from cluster.errors import CheckpointError
+from cluster.errors import CheckpointError, UnsupportedFieldError
 
 SPACE = "\u2581"  # SentencePiece's visible space
 REPLACEMENT = "\ufffd"
@@ -85,13 +85,16 @@ class Tokenizer:
     def grammar_tokenizer(self, eos_token_ids: Sequence[int]) -> llguidance.LLTokenizer:
         """The vocabulary as llguidance wants it: special tokens match no text, `eos_token_ids` end a grammar.
 
-        An EOS id beyond the tokenizer's own vocabulary cannot be generated under a grammar and is left out.
+        An EOS id beyond the tokenizer's own vocabulary cannot be generated under a grammar and is left out. Raises
+        `UnsupportedFieldError` where tokens are not plain pieces of text (WordPiece), or where there is no EOS.
         """
         eos = [token_id for token_id in eos_token_ids if 0 <= token_id < self.vocab_size]
-        if not eos:
-            raise CheckpointError(f"{self.path} has no end-of-sequence token: a grammar could never end")
-        wrapper = llguidance.TokenizerWrapper(_Vocabulary(self, eos[0]))
-        return llguidance.LLTokenizer(wrapper, eos_token=eos)
+        if self._kind not in ("byte_level", "sentencepiece") or not eos:
+            reason = "has no end-of-sequence token" if not eos else "is neither byte-level nor has byte fallback"
+            raise UnsupportedFieldError(
+                f"structured output is not available with this model: its tokenizer {reason}", param="response_format"
+            )
+        return llguidance.LLTokenizer(self._library.to_str(), eos_token=eos)
 
     def stream(self) -> _Stream:
         """A new incremental decoder of this kind of tokenizer; it shows special tokens."""
@@ -277,25 +280,6 @@ class _WindowStream:
         self._context = (self._context + self._held)[-WINDOW:]
         self._held = ()
         return text
-
-
-class _Vocabulary:
-    """What `llguidance.TokenizerWrapper` reads of a tokenizer."""
-
-    def __init__(self, tokenizer: Tokenizer, eos_token_id: int) -> None:
-        self._tokenizer = tokenizer
-        self.eos_token_id = eos_token_id
-        self.bos_token_id = None
-        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
-        self.special_token_ids = sorted(tokenizer.special_ids)
-
-    def __call__(self, _text: bytes) -> list[int]:
-        """llguidance would force the usual tokenization of text that a grammar leaves no choice about.
-
-        Told of none, it allows every token that fits, and the model chooses. (A SentencePiece encoder also puts a space
-        in front, which is no continuation of the text before.)
-        """
-        return []
 
 
 def _decoder_kind(decoder: dict[str, Any] | None) -> tuple[Kind, bool]:

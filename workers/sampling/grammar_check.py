@@ -25,19 +25,7 @@ STACK_BYTES = 2 * 2**20  # less than any thread that will hold the grammar later
 NUM_WALKS = 3
 WALK_TOKENS = 48
 MAX_MESSAGE = 2000  # characters; an answer fits into a pipe
-EOS = 256
-
-
-class _Bytes:
-    """The vocabulary of all bytes, and an EOS: whether a grammar explodes hardly depends on the tokenizer."""
-
-    eos_token_id = EOS
-    bos_token_id = None
-    tokens = [bytes((value,)) for value in range(256)] + [b"<eos>"]  # noqa: RUF012
-    special_token_ids = [EOS]  # noqa: RUF012
-
-    def __call__(self, _text: bytes) -> list[int]:
-        return []  # as the tokenizers of models do: no token is forced
+NUM_BYTES = 256
 
 
 def limit_memory(max_bytes: int) -> None:
@@ -62,7 +50,7 @@ def check(tokenizer: llguidance.LLTokenizer, grammar: str, limits: dict[str, Any
             if walk.is_error() or walk.is_stopped():
                 break
             mask = int.from_bytes(walk.compute_bitmask(), "little")
-            allowed = [token for token in range(EOS) if mask >> token & 1]
+            allowed = [token for token in range(NUM_BYTES) if mask >> token & 1]
             if not allowed:
                 break
             walk.consume_token(generator.choice(allowed))
@@ -73,13 +61,16 @@ def check(tokenizer: llguidance.LLTokenizer, grammar: str, limits: dict[str, Any
 
 def main() -> None:
     os.nice(5)
-    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes()))
+    tokenizer = llguidance.LLTokenizer("byte")  # whether a grammar explodes hardly depends on the tokenizer
     limit_memory(int(sys.argv[1]))
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, request["cpu_s"])  # its default action ends the process, even inside Rust
-        error = check(tokenizer, request["grammar"], request["limits"])
+        try:
+            error = check(tokenizer, request["grammar"], request["limits"])
+        except Exception as failed:
+            error = f"{type(failed).__name__}: {failed}"
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps({"error": error and error[:MAX_MESSAGE]}), flush=True)
 

@@ -329,7 +329,7 @@ class GrammarCompiler:
         state = llguidance.LLMatcher(self._vocabulary, source, log_level=0, limits=limits)
         if state.is_error():
             raise _refused(grammar, state.get_error())
-        return CompiledGrammar(state, self._tokenizer.vocab_size)
+        return CompiledGrammar(state, self._vocabulary.vocab_size)
 
     def _settle(
         self, grammar: Grammar, future: Future[CompiledGrammar], outcome: CompiledGrammar | ForetokenError

@@ -51,6 +51,11 @@ class _Slot:
     last: int = -1
 
 
+def _tensors(index: tuple[list[int], list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    slots, ids = (torch.tensor(values, dtype=torch.int64, device=device) for values in index)
+    return slots, ids
+
+
 class TokenCounts:
     """How often each token stands in a request's output, and which stand in its prompt or output."""
 
@@ -102,10 +107,9 @@ class TokenCounts:
             output[1].extend(generated)
             slot.num_counted, slot.last = len(request.tokens), new[-1]
         if seen[0]:
-            device = self._seen.device
-            self._seen[torch.tensor(seen[0], device=device), torch.tensor(seen[1], device=device)] = 1.0
-            at = torch.tensor(output[0], device=device), torch.tensor(output[1], device=device)
-            self._output.index_put_(at, torch.ones((), device=device), accumulate=True)
+            self._seen[_tensors(seen, self._seen.device)] = 1.0
+            one = torch.ones((), device=self._output.device)
+            self._output.index_put_(_tensors(output, self._output.device), one, accumulate=True)
         return [slot.index for slot in slots]
 
     def _slot(self, request: Request) -> _Slot:

@@ -254,7 +254,7 @@ class Sampler:
 
 def _kind(request: Request, vocab_size: int) -> str:
     sampling = request.sampling
-    if sampling.temperature == 0:
+    if sampling.temperature < torch.finfo(torch.float32).tiny:
         return "greedy"
     unfiltered = (
         not 0 < sampling.top_k < vocab_size and sampling.top_p >= 1 and sampling.typical_p >= 1 and sampling.min_p <= 0

@@ -30,9 +30,29 @@ CHAT_TEMPLATE = (
 MODEL = "org/scripted"  # an id with a slash, as the hub's are
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="session", autouse=True)
+async def one_loop() -> AsyncIterator[None]:
+    """All tests here run on one event loop: grpc has one completion queue for all loops of a process.
+
+    For the same reason its late events for loops of other tests, closed by now, may arrive on this one.
+    """
+    loop = asyncio.get_running_loop()
+    handle = loop.get_exception_handler()
+
+    def ignore_other_loops(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if str(context.get("exception")) != "Event loop is closed":
+            if handle is not None:
+                handle(loop, context)
+            else:
+                loop.default_exception_handler(context)
+
+    loop.set_exception_handler(ignore_other_loops)
+    yield
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,7 @@ def test_with_servers_of_its_own_and_llama_cpp_all_else_is_measured(
     assert f"{ideal:.3f}" in rows["mixed32/static_batching", "throughput_ratio"].note
     for case in INVARIANT:
         assert rows[case, "invariant_price"].value == 1.5
-    assert started == [(), ("--max-num-seqs", "8"), ("--max-num-seqs", "8", "--static-batching")]
+    assert started == [(), ("--max-num-seqs", "4"), ("--max-num-seqs", "4", "--static-batching")]
 
 
 class ScriptedPeer:
