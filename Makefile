@@ -45,6 +45,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@echo "Installing the other packages (about 0.2 GB) ..."
 	$(PIP) install --quiet --no-deps --require-hashes -r requirements.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@$(VENV)/bin/foretoken kernels build || echo "The CPU kernels are optional: without them small steps are slower."
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 

@@ -5,6 +5,7 @@ that ``foretoken --help`` is quick.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure, against a baseline of the same run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+kernels = typer.Typer(help="The compiled kernels.", no_args_is_help=True)
+app.add_typer(kernels, name="kernels")
 
 
 def _setting(name: str, switch: bool = False) -> Any:
@@ -155,8 +158,20 @@ def bench_serve(context: typer.Context) -> None:
     raise typer.Exit(bench_main(context.args))
 
 
+@kernels.command("build")
+def kernels_build(home: Annotated[Path | None, _setting("home")] = None, config: Config = None) -> None:
+    """Compile the CPU kernels for this machine now, rather than at the first start; print where they are."""
+    settings = load({"home": home}, config)
+
+    from cluster.kernels import build
+
+    print(build(settings))
+
+
 def main() -> None:
     """The entry point; a fault that the user can mend is one line on standard error and exit code 1."""
+    # A worker is started again while gRPC's threads run: it is a new program at once, and needs none of their state.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     try:
         app()
     except ForetokenError as error:

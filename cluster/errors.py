@@ -5,9 +5,9 @@
     ForetokenError                      status  code
     ├── RequestError                    400     invalid_request          the caller's request is wrong
     │   ├── InvalidValueError           400     invalid_value            a field is out of its range
-    │   ├── UnsupportedFieldError       400     unsupported_parameter    a field that would change tokens is not honoured
+    │   ├── UnsupportedFieldError       400     unsupported_parameter    a field that changes tokens is not honoured
     │   ├── ContextLengthError          400     context_length_exceeded  prompt and max_tokens do not fit
-    │   ├── GrammarError                400     invalid_grammar          a schema or grammar cannot be compiled in bounds
+    │   ├── GrammarError                400     invalid_grammar          a grammar cannot be compiled in bounds
     │   ├── RequestTooLargeError        413     request_too_large        a body over the limit
     │   ├── AuthenticationError         401     invalid_api_key          no key, or a wrong one
     │   └── ModelNotFoundError          404     model_not_found          no such model is served

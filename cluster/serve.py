@@ -62,12 +62,12 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 is any free one. Raises `ConfigError` naming the address."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
     except socket.gaierror as error:
         raise ConfigError(f"host {host!r} is no address of this machine: {error.strerror}", param="host") from None
-    listener = socket.socket(family, kind)
+    listener = socket.socket(family, kind, protocol)  # without the protocol asyncio leaves TCP_NODELAY out
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)

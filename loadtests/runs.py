@@ -34,14 +34,14 @@ class Scale:
     prefill: int
     mixed_prompts: tuple[int, int]  # shortest, longest
     mixed_outputs: tuple[int, int]
-    trial: tuple[int, int, int]  # sequences, output tokens, tokens of the prefill
+    trial: tuple[int, int, int, int]  # sequences, prompt, output, tokens of the prefill
     pairs: int
     slow_pairs: int  # where the baseline takes several times as long as we do
     starts: int  # of `first_token_s`
 
 
-FULL = Scale((64, 128), (64, 96), (64, 128), 512, (8, 32), (16, 256), (NUM_REQUESTS, 16, 512), 5, 3, 3)
-QUICK = Scale((32, 32), (32, 32), (32, 32), 256, (8, 32), (8, 64), (NUM_REQUESTS, 4, 128), 3, 1, 1)
+FULL = Scale((64, 128), (64, 96), (64, 128), 512, (8, 32), (16, 256), (NUM_REQUESTS, 64, 16, 512), 5, 3, 3)
+QUICK = Scale((32, 32), (32, 32), (32, 32), 256, (8, 32), (8, 64), (NUM_REQUESTS, 8, 8, 128), 3, 1, 1)
 
 
 @dataclass(frozen=True)

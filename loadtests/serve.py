@@ -67,14 +67,21 @@ def run(options: Options, say: Callable[[str], None]) -> list[Row]:
                 *(row for case in _own_cases(bench, []) for row in case.without(reason)),
             ]
         say("starting the server")
-        first_tokens = []
-        for _ in range(bench.scale.starts - 1):
-            with bench.server() as server:
-                first_tokens.append(server.first_token_s or 0.0)
+        first_tokens = [_start_and_end(bench) for _ in range(bench.scale.starts - 1)]
         with bench.server() as server:
-            first_tokens.append(server.first_token_s or 0.0)
+            first_tokens.append(_typed_to_token_s(server))
             rows = _beside_peers(bench, server)
         return rows + [row for case in _own_cases(bench, first_tokens) for row in case.rows()]
+
+
+def _start_and_end(bench: Bench) -> float:
+    with bench.server() as server:
+        return _typed_to_token_s(server)
+
+
+def _typed_to_token_s(server: Server) -> float:
+    assert server.first_token_s is not None, "a server of our own tells"
+    return server.first_token_s
 
 
 def _beside_peers(bench: Bench, server: Server) -> list[Row]:
@@ -302,7 +309,7 @@ def parse(argv: list[str]) -> Options:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the bench, print its table, write its JSON; 0 when it ran, whatever it found."""
-    signal.signal(signal.SIGTERM, _terminate)  # so that what we started is ended
+    before = signal.signal(signal.SIGTERM, _terminate)  # so that what we started is ended
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         with _progress() as say:
@@ -310,6 +317,8 @@ def main(argv: list[str] | None = None) -> int:
     except (BenchError, ForetokenError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print_table(rows)
     if options.json_path is not None:
         write_json(rows, options.json_path)

@@ -46,11 +46,11 @@ class TransformersCases:
         )
         self.version = loaded["version"]
         bench.say("transformers: a short trial of its implementations")
-        num, output, prefill = bench.scale.trial
+        num, prompt, output, prefill = bench.scale.trial
         self.kinds = peer.ask(
             {
                 "op": "trial",
-                "prompts": bench.prompts([bench.scale.burst[0]] * num),
+                "prompts": bench.prompts([prompt] * num),
                 "prompt": bench.prompts([prefill])[0],
                 "num_tokens": output,
             },

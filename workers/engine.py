@@ -62,8 +62,9 @@ class Engine:
         self._kv = KVCache(spec, options.num_pages, options.page_size, embedding.device, embedding.dtype)
         self.pool = PagePool(options.num_pages)
         facts = (model_name, str(embedding.dtype), decoder.numerics.name, spec.rope)
+        clear_page = self._kv.clear_page if decoder.numerics.native is None else None
         self._pages = PageTable(
-            self.pool, options.page_size, self._kv.copy_page, self._kv.clear_page, facts, options.prefix_cache
+            self.pool, options.page_size, self._kv.copy_page, clear_page, facts, options.prefix_cache
         )
         self._scheduler = Scheduler(options.scheduler, self._pages)
         self._batcher = Batcher(
@@ -74,7 +75,7 @@ class Engine:
             embedding.dtype,
             native=decoder.numerics.native is not None,
         )
-        self._sampler = Sampler(spec.vocab_size, embedding.device, self.eos_token_ids)
+        self._sampler = Sampler(spec.vocab_size, embedding.device, self.eos_token_ids, decoder.numerics.native)
         self._requests: dict[str, Request] = {}
         self._outputs: list[RequestOutput] = []  # made outside a step, or so far in this one
         self._state = EngineState()

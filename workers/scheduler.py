@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from dataclasses import dataclass
 
 from workers.cache.page_table import PageTable
@@ -32,7 +33,7 @@ class Scheduler:
 
     def __init__(self, options: SchedulerOptions, pages: PageTable) -> None:
         self.options = options
-        self.running: list[Request] = []
+        self.running: list[Request] = []  # by age
         self.waiting: list[Request] = []
         self.num_preemptions = 0
         self.num_queried_tokens = 0
@@ -52,12 +53,14 @@ class Scheduler:
         scheduled: list[Scheduled] = []
         preempted: list[Request] = []
         budget = self.options.token_budget
-        for request in sorted(self.running, key=lambda r: (r.num_uncomputed > 1, *_age(r))):
+        counts = [(request, len(request.tokens) - request.num_computed) for request in self.running]
+        order = [item for item in counts if item[1] <= 1] + [item for item in counts if item[1] > 1]
+        for request, num_uncomputed in order:
             if budget == 0:
                 break
             if request.status is not Status.RUNNING:  # preempted in this very loop
                 continue
-            num_tokens = min(request.num_uncomputed, budget)
+            num_tokens = min(num_uncomputed, budget)
             if self._reserve(request, num_tokens, preempted, scheduled):
                 scheduled.append(Scheduled(request, num_tokens))
                 budget -= num_tokens
@@ -107,7 +110,7 @@ class Scheduler:
             num_tokens = min(request.num_uncomputed, budget)
             self._pages.reserve(request, num_tokens)
             request.status = Status.RUNNING
-            self.running.append(request)
+            insort(self.running, request, key=_age)
             admitted.add(id(request))
             scheduled.append(Scheduled(request, num_tokens))
             budget -= num_tokens

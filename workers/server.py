@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import grpc
 import msgspec
@@ -33,6 +33,7 @@ from cluster.protocol import (
     ToWorker,
 )
 from workers.build import BuiltEngine, build_engine
+from workers.console import loading_progress, set_up_logging
 from workers.runner import EngineRunner, refusal
 from workers.sampling.guided import CompiledGrammar, GrammarCompiler
 
@@ -228,7 +229,7 @@ def main() -> None:
         _watch_parent()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
-        built = build_engine(launch, _progress(launch))
+        built = build_engine(launch, loading_progress(launch))
     except ForetokenError as error:
         # One line that the launcher shows as it is; a traceback would hide what the user can do.
         print(f"error: {error.message}", file=sys.stderr, flush=True)
@@ -245,59 +246,6 @@ def _read_line() -> bytes:
             break
         line += byte
     return bytes(line)
-
-
-def _progress(launch: Launch) -> Callable[[int, int], None] | None:
-    """Report loading: a bar on a terminal, a line each tenth otherwise."""
-    if launch.progress:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-        bar = Progress(
-            TextColumn("loading"), BarColumn(), DownloadColumn(), console=Console(stderr=True), transient=True
-        )
-        task = bar.add_task("loading", total=None)
-        bar.start()
-
-        def draw(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-            if done >= total:
-                bar.stop()
-
-        return draw
-    reported = -1
-
-    def say(done: int, total: int) -> None:
-        nonlocal reported
-        tenth = 10 * done // max(total, 1)
-        if tenth > reported:
-            reported = tenth
-            log.info("loading: %d of %d MiB", done >> 20, total >> 20)
-
-    return say
-
-
-def set_up_logging(level: str, log_format: str) -> None:
-    """Log lines on stderr, as text or as one JSON object each."""
-    handler = logging.StreamHandler(sys.stderr)
-    if log_format == "json":
-        handler.setFormatter(_JsonFormatter())
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s worker %(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-
-
-class _JsonFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        entry = {
-            "time": self.formatTime(record),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(entry).decode()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
-from cluster.errors import EngineError, ForetokenError, OverloadedError, UnavailableError, by_code
+from cluster.errors import EngineError, ForetokenError, GrammarError, OverloadedError, UnavailableError, by_code
 from cluster.gateway.disconnect import ClientDisconnected
 from cluster.protocol import Finish, RequestOutput
 
@@ -156,4 +156,6 @@ class Generation:
 def _error_of(finish: Finish) -> ForetokenError:
     if finish.reason == "abort":
         return UnavailableError("the worker aborted the request; send it again")
-    return by_code(finish.error_code or "")(finish.error_message or "the worker gave no reason")
+    kind = by_code(finish.error_code or "")
+    param = "response_format" if kind is GrammarError else None  # the one field that only a worker can judge
+    return kind(finish.error_message or "the worker gave no reason", param=param)

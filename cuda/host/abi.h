@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#define FORETOKEN_ABI_VERSION 2
+#define FORETOKEN_ABI_VERSION 3
 
 extern "C" {
 
@@ -36,4 +36,7 @@ void foretoken_moe_experts(const float* hidden, const int64_t* topk_ids, const f
                            int64_t num_experts, int64_t hidden_size, int64_t intermediate, int64_t num_threads);
 
 void foretoken_swiglu(const float* gate_up, float* y, int64_t num_rows, int64_t size, int64_t num_threads);
+
+void foretoken_gumbel_argmax(const float* logits, const uint64_t* salts, const int64_t* keys, const float* temperatures,
+                             float* values, int64_t* ids, int64_t num_rows, int64_t vocab_size, int64_t num_threads);
 }

@@ -102,7 +102,9 @@ void foretoken_paged_attention(const float* q, const float* k_cache, const float
         if (rescale != 1.0f)
           for (int64_t i = 0; i < head_dim; ++i) sum_rows[r][i] *= rescale;
       }
-      gemm(weight_rows.data(), num_rows, v_cache + at, head_dim, page_size, sum_rows.data(), 0, head_dim, true);
+      // No further than the last query sees: what lies behind was somebody else's, and 0 * NaN is NaN.
+      const int64_t num_keys = std::min(page_size, block[1] + num_queries - first_key);
+      gemm(weight_rows.data(), num_rows, v_cache + at, head_dim, num_keys, sum_rows.data(), 0, head_dim, true);
     }
     for (int64_t r = 0; r < num_rows; ++r) {
       float* target = out + ((block[0] + r / per_kv) * num_heads + head * per_kv + r % per_kv) * head_dim;

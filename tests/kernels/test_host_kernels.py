@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from workers.kernels.moe_route import moe_route
 from workers.kernels.rms_norm import rms_norm
 from workers.kernels.swiglu import swiglu
 from workers.numerics import FAST, Numerics, laid_out
+from workers.sampling.gumbel import GumbelNoise, mix
 
 pytestmark = pytest.mark.needs("compiler")
 
@@ -78,3 +80,33 @@ def test_moe_experts(num_experts: int, top_k: int, hidden: int, inner: int, num_
         torch.testing.assert_close(got, moe_experts(x, ids, weights, gate_up, down, reference), atol=2e-4, rtol=1e-4)
     for threads in (1, 5):
         assert torch.equal(got, moe_experts(x, ids, weights, gate_up, down, native(threads)))
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 97, 1000, 4099])
+def test_gumbel_argmax(vocab_size: int) -> None:
+    noise = GumbelNoise(vocab_size, torch.device("cpu"))
+    logits, temperature = normal(33, vocab_size) * 2, torch.linspace(0.1, 3, 33)
+    logits[:, ::3] = -torch.inf
+    logits[:, vocab_size // 2] = 0.5
+    keys = torch.from_numpy(mix(np.arange(33, dtype=np.uint64)).view(np.int64))
+    scores = noise.rows(keys) * temperature[:, None] + logits
+    values, ids = host_kernels().gumbel_argmax(logits, noise.salts, keys, temperature)
+    torch.testing.assert_close(values, scores.max(-1).values, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores.gather(1, ids[:, None])[:, 0], values, atol=1e-5, rtol=1e-5)
+    for rows in (1, 2, 7):
+        alone = host_kernels(1).gumbel_argmax(logits[:rows], noise.salts, keys[:rows], temperature[:rows])
+        assert torch.equal(alone[1], ids[:rows])
+        assert torch.equal(alone[0], values[:rows])
+    greedy = host_kernels().gumbel_argmax(logits, noise.salts, None, None)
+    assert torch.equal(greedy[1], logits.argmax(-1))
+
+
+def test_gumbel_argmax_tells_rows_without_a_token() -> None:
+    noise = GumbelNoise(40, torch.device("cpu"))
+    logits = normal(3, 40)
+    logits[0, 33] = torch.nan
+    logits[1] = -torch.inf
+    values, ids = host_kernels().gumbel_argmax(logits, noise.salts, None, None)
+    assert torch.isnan(values[0])
+    assert values[1] == -torch.inf
+    assert ids[2] == logits[2].argmax()

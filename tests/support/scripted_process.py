@@ -4,6 +4,7 @@
 as its only argument, a `ScriptedWorker` behind the launcher's real seam. The environment says how it behaves:
 SCRIPTED_MODEL is the folder with the tokenizer's files, served where no model is named (`save_tokenizer` makes one);
 SCRIPTED_GATE names a file, and no token flows before it exists; SCRIPTED_REFUSAL is why it cannot start.
+gRPC is imported only where it is used: the command line has something to say before that.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from cluster.protocol import Launch
-from tests.support.scripted_worker import ScriptedWorker, byte_tokenizer, hello
+
+if TYPE_CHECKING:
+    from tests.support.scripted_worker import ScriptedWorker
 
 POLL_S = 0.01
 CHAT_TEMPLATE = (
@@ -30,12 +34,16 @@ CHAT_TEMPLATE = (
 
 def save_tokenizer(folder: Path) -> None:
     """What the gateway reads of a checkpoint."""
+    from tests.support.scripted_worker import byte_tokenizer
+
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
     (folder / "config.json").write_text("{}")
 
 
 async def _serve(launch: Launch) -> None:
+    from tests.support.scripted_worker import ScriptedWorker, hello
+
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

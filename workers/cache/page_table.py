@@ -17,11 +17,14 @@ class PageTable:
         pool: PagePool,
         page_size: int,
         copy_page: Callable[[int, int], None],
-        clear_page: Callable[[int], None],
+        clear_page: Callable[[int], None] | None = None,
         root_facts: tuple[object, ...] = (),
         prefix_cache: bool = True,
     ) -> None:
-        """`root_facts` is everything beside tokens, salt and offset that the content of a page depends on."""
+        """`root_facts` is everything beside tokens, salt and offset that the content of a page depends on.
+
+        `clear_page` blanks a page before a new owner, for kernels that read what they then mask.
+        """
         self.pool = pool
         self.page_size = page_size
         self._copy_page = copy_page
@@ -67,7 +70,8 @@ class PageTable:
             request.page_ids[i] = copy
         for _ in range(num_new):
             request.page_ids.append(self.pool.allocate())
-            self._clear_page(request.page_ids[-1])
+            if self._clear_page is not None:
+                self._clear_page(request.page_ids[-1])
 
     def num_missing(self, request: Request, num_tokens: int) -> int:
         """Pages that `reserve` would have to allocate for new tokens."""

@@ -9,7 +9,7 @@ import torch
 
 from cluster.errors import ConfigError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -21,6 +21,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "paged_attention": (*[_POINTER] * 4, _INT, _POINTER, _INT, _DOUBLE, _POINTER, *[_INT] * 5),
     "moe_route": (*[_POINTER] * 3, *[_INT] * 5),
     "moe_experts": (*[_POINTER] * 6, *[_INT] * 6),
+    "gumbel_argmax": (*[_POINTER] * 6, *[_INT] * 3),
     "swiglu": (*[_POINTER] * 2, *[_INT] * 3),
 }  # fmt: skip
 
@@ -145,3 +146,24 @@ class HostKernels:
             out.data_ptr(), num_tokens, top_k, num_experts, hidden_size, intermediate, self.num_threads,
         )  # fmt: skip
         return out
+
+    def gumbel_argmax(
+        self,
+        logits: torch.Tensor,
+        salts: torch.Tensor,
+        keys: torch.Tensor | None,
+        temperature: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each row's largest logit + temperature * noise, and where it is; NaN where any is.
+
+        logits [R, V]; salts [V] int64 and keys [R] int64 as in `GumbelNoise`, keys None: no noise; temperature [R].
+        -> (values [R], ids [R] int64).
+        """
+        logits = logits.contiguous()
+        num_rows, vocab_size = logits.shape
+        values, ids = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
+        self._functions["gumbel_argmax"](
+            logits.data_ptr(), salts.data_ptr(), _pointer(keys), _pointer(temperature), values.data_ptr(),
+            ids.data_ptr(), num_rows, vocab_size, self.num_threads,
+        )  # fmt: skip
+        return values, ids

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import select
 import signal
 import subprocess
@@ -31,30 +30,26 @@ from numpy.typing import NDArray
 from cluster.errors import DrainingError, EngineError, ForetokenError, GrammarError, OverloadedError
 from cluster.protocol import Grammar
 from workers.models.tokenizer import Tokenizer
+from workers.sampling.grammar_source import refused, shorten, source_of
 
 QUICK_S = 0.25  # of processor time
 WAIT_FACTOR = 8  # how much longer than its processor time a check may take on a busy machine
 START_S = 30.0  # for a checker to be ready
-MAX_NESTING = 100
 MAX_CHECK_BYTES = 512 * 2**20  # of memory a grammar may need
-MAX_MESSAGE = 500  # characters of the library's own words in an error
 NUM_QUICK = 2  # grammars that are compiled at the same time
 MAX_QUICK = 64  # grammars that wait for that
 MAX_SLOW = 3
 
 # step limits bound one mask (some 10 ms); the states of a lexer take 1-2 kB each
 LIMITS = {"max_lexer_states": 20_000, "step_lexer_fuel": 100_000, "step_max_items": 50_000}
-JSON_OPTIONS = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":", "lenient": False}
-
 _CHECKER = Path(__file__).with_name("grammar_check.py")
-_BRACKETS = re.compile(r'"(?:\\.|[^"\\])*"|[][{}]', re.DOTALL)
 
 
 class Matcher:
     """One sequence's place in its grammar. Every method belongs to the engine's thread.
 
-    A token that the grammar refuses, or a state that costs more than the limits, leaves it in `error` for good: its mask
-    then allows nothing.
+    A token that the grammar refuses, or a state that costs more than the limits, leaves it in `error` for good: from
+    then on its mask allows nothing.
     """
 
     def __init__(self, compiled: CompiledGrammar, state: llguidance.LLMatcher) -> None:
@@ -113,7 +108,7 @@ class Matcher:
     @property
     def error(self) -> str:
         """What went wrong, empty where nothing did."""
-        return _shorten(self._state.get_error()) if self._state.is_error() else ""
+        return shorten(self._state.get_error()) if self._state.is_error() else ""
 
 
 class CompiledGrammar:
@@ -235,8 +230,8 @@ class _Lane:
 class GrammarCompiler:
     """Compiles grammars for one tokenizer, off the engine's thread; any thread may call.
 
-    `max_bytes` bounds a grammar's text and `timeout_s` the processor time of its check. Equal grammars are compiled once: results
-    and refusals are kept for the last `cache_size` of them.
+    `max_bytes` bounds a grammar's text and `timeout_s` the processor time of its check. Equal grammars are compiled
+    once: results and refusals are kept for the last `cache_size` of them.
     """
 
     def __init__(
@@ -278,7 +273,7 @@ class GrammarCompiler:
             for key in done[: max(0, len(self._futures) - self._cache_size)]:
                 del self._futures[key]
         try:
-            source = _source(grammar, self._max_bytes)
+            source = source_of(grammar, self._max_bytes)
             self._quick.start(lambda: self._attempt(self._quick, grammar, source, future))
         except ForetokenError as error:
             self._settle(grammar, future, error)
@@ -305,17 +300,17 @@ class GrammarCompiler:
         try:
             error = lane.checker().check(source, lane.limit_s)
             if error is not None:
-                raise _refused(grammar, error)
+                raise refused(grammar, error)
             self._settle(grammar, future, self._compile(grammar, source))
         except _LateError:
             if lane is self._slow:
                 late = f"it takes more than {lane.limit_s:g} s to compile: make it simpler"
-                self._settle(grammar, future, _refused(grammar, late))
+                self._settle(grammar, future, refused(grammar, late))
                 return
             try:
                 self._slow.start(lambda: self._attempt(self._slow, grammar, source, future))
-            except ForetokenError as refused:
-                self._settle(grammar, future, refused)
+            except ForetokenError as overloaded:
+                self._settle(grammar, future, overloaded)
         except ForetokenError as failed:
             self._settle(grammar, future, failed)
         except Exception as unforeseen:  # the caller waits: it must be told, whatever it was
@@ -325,10 +320,9 @@ class GrammarCompiler:
         with self._vocabulary_lock:
             if self._vocabulary is None:
                 self._vocabulary = self._tokenizer.grammar_tokenizer(self._eos_token_ids)
-        limits = llguidance.LLParserLimits(verbose_errors=False, **LIMITS)
-        state = llguidance.LLMatcher(self._vocabulary, source, log_level=0, limits=limits)
+        state = llguidance.LLMatcher(self._vocabulary, source, log_level=0, limits=_limits())
         if state.is_error():
-            raise _refused(grammar, state.get_error())
+            raise refused(grammar, state.get_error())
         return CompiledGrammar(state, self._vocabulary.vocab_size)
 
     def _settle(
@@ -349,68 +343,17 @@ def _set(future: Future[CompiledGrammar], outcome: CompiledGrammar | ForetokenEr
             future.set_exception(outcome)
 
 
+def _limits() -> llguidance.LLParserLimits:
+    return llguidance.LLParserLimits(
+        max_lexer_states=LIMITS["max_lexer_states"],
+        step_lexer_fuel=LIMITS["step_lexer_fuel"],
+        step_max_items=LIMITS["step_max_items"],
+        verbose_errors=False,
+    )
+
+
 def _read_line(pipe: IO[bytes], limit_s: float) -> bytes:
     """A line of an unread pipe, or nothing where it ended. Raises `_LateError`."""
     if not select.select([pipe], [], [], limit_s)[0]:
         raise _LateError
     return pipe.readline()  # answers are written at once and are far shorter than a pipe holds
-
-
-def _source(grammar: Grammar, max_bytes: int) -> str:
-    """A request's grammar in llguidance's form. Raises `GrammarError`."""
-    text = grammar.source
-    if grammar.kind == "json_object":
-        text = '{"type":"object"}'
-    num_bytes = len(text.encode("utf-8", "surrogatepass"))
-    if num_bytes > max_bytes:
-        raise _refused(grammar, f"it has {num_bytes} bytes, the limit is {max_bytes}")
-    is_json = grammar.kind in ("json_schema", "choice")
-    if is_json and (depth := _nesting(text)) > MAX_NESTING:
-        raise _refused(grammar, f"it nests {depth} levels deep, the limit is {MAX_NESTING}")
-    try:
-        if grammar.kind in ("json_object", "json_schema"):
-            schema = json.loads(text)
-            if not isinstance(schema, dict | bool):
-                raise _refused(grammar, "a JSON schema is an object")
-            if isinstance(schema, dict):
-                schema.pop("x-guidance", None)  # compiler options are not the request's to set
-            return str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS))
-        if grammar.kind == "regex":
-            return str(llguidance.LLMatcher.grammar_from_regex(text))
-        if grammar.kind == "choice":
-            return str(llguidance.LLMatcher.grammar_from_lark(_choices(grammar, json.loads(text))))
-        return str(llguidance.LLMatcher.grammar_from_lark(text))
-    except ValueError as error:  # json.JSONDecodeError is one
-        raise _refused(grammar, str(error)) from error
-
-
-def _choices(grammar: Grammar, choices: object) -> str:
-    if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
-        raise _refused(grammar, "choices are a list of at least one string")
-    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
-
-
-def _nesting(text: str) -> int:
-    """The deepest nesting of a JSON text's brackets, without recursion."""
-    depth = deepest = 0
-    for found in _BRACKETS.finditer(text):
-        bracket = found.group()
-        if bracket in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif bracket in "]}":
-            depth -= 1
-    return deepest
-
-
-def _refused(grammar: Grammar, reason: str) -> GrammarError:
-    is_json = grammar.kind in ("json_object", "json_schema")
-    return GrammarError(
-        f"the {grammar.kind} grammar cannot be used: {_shorten(reason)}",
-        param="response_format" if is_json else "grammar",
-    )
-
-
-def _shorten(text: str) -> str:
-    text = " ".join(text.replace("<non-verbose/>", "").split())
-    return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "…"

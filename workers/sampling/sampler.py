@@ -11,14 +11,16 @@ other rows nor the order of them changes a bit of it. Each feature runs on the r
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cluster.errors import EngineError
+from workers.kernels.native import HostKernels
 from workers.request import Request
 from workers.sampling import filters, logprobs
 from workers.sampling.constraints import Constraints, is_constrained
@@ -27,8 +29,6 @@ from workers.sampling.gumbel import GumbelNoise, position_keys, stream_key
 from workers.sampling.logprobs import NO_TOKEN, NOT_FINITE
 from workers.sampling.penalties import TokenCounts
 from workers.step import SampledRow
-
-_stream_key = functools.lru_cache(maxsize=4096)(stream_key)
 
 
 def failure(request: Request, row: SampledRow) -> EngineError | None:
@@ -73,7 +73,7 @@ class _Layout:
     parts: list[_Part]
     order: list[int]  # the row of each result, draws behind each other
     keyed: list[int]  # the rows that need noise
-    streams: torch.Tensor | None  # their stream keys, int64
+    streams: NDArray[np.uint64] | None  # their stream keys
     logprob_rows: list[int]
     logprob_places: torch.Tensor | None  # their places in `order`
     num_top: int
@@ -90,6 +90,7 @@ class Sampler:
     vocab_size: int
     device: torch.device
     eos_token_ids: tuple[int, ...] = ()
+    native: HostKernels | None = None  # draws without filters run there
     _noise: GumbelNoise = field(init=False, repr=False)
     _counts: TokenCounts = field(init=False, repr=False)
     _layout: _Layout | None = field(init=False, repr=False, default=None)
@@ -110,11 +111,10 @@ class Sampler:
         layout = self._prepare(requests, lengths)
         keys = None
         if layout.streams is not None:
-            positions = torch.tensor([lengths[row] for row in layout.keyed], device=self.device)
-            keys = position_keys(layout.streams, positions)
+            keys = position_keys(layout.streams, [lengths[row] for row in layout.keyed]).to(self.device)
         drawn = [result for part in layout.parts for result in self._draw_part(logits, part, keys)]
         values, ids = drawn[0] if len(drawn) == 1 else map(torch.cat, zip(*drawn, strict=True))
-        ids = torch.where(values.abs() < math.inf, ids, (values == -math.inf).long() + NOT_FINITE)
+        ids = torch.where(values.abs() < math.inf, ids, torch.where(values == -math.inf, NO_TOKEN, NOT_FINITE))
         if layout.logprob_places is None:
             return _in_order([SampledRow(token_id) for token_id in ids.tolist()], layout.order)
         return self._with_logprobs(logits, ids, layout)
@@ -141,11 +141,15 @@ class Sampler:
 
     def _draw(self, logits: torch.Tensor, draw: _Draw, keys: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if draw.kind == "greedy":
+            if self.native is not None:
+                return self.native.gumbel_argmax(logits, self._noise.salts, None, None)
             values, ids = logits.max(-1)
             return values, ids
         assert keys is not None
         keys = keys[draw.keys]
         if draw.filters is None:
+            if self.native is not None:
+                return self.native.gumbel_argmax(logits, self._noise.salts, keys, draw.temperature)
             # logit + T * noise has its maximum where logit / T + noise has, and cannot overflow at a tiny T
             values, ids = self._noise.rows(keys).mul_(draw.temperature).add_(logits).max(-1)
             return values, ids
@@ -211,7 +215,7 @@ class Sampler:
                     keyed += [rows[place] for place in places] if kind != "greedy" else []
             parts.append(_Part(self._index(rows, len(requests)), constraints, draws))
         logprob_rows = [row for row, request in enumerate(requests) if request.sampling.logprobs is not None]
-        streams = [_stream_key(requests[row].sampling.seed, requests[row].sampling.choice) for row in keyed]
+        streams = [stream_key(requests[row].sampling.seed, requests[row].sampling.choice) for row in keyed]
         return _Layout(
             requests=list(requests),
             guided=guided,
@@ -220,7 +224,7 @@ class Sampler:
             parts=parts,
             order=order,
             keyed=keyed,
-            streams=torch.tensor(streams, device=self.device) if streams else None,
+            streams=np.array(streams, dtype=np.uint64) if streams else None,
             logprob_rows=logprob_rows,
             logprob_places=torch.tensor([order.index(row) for row in logprob_rows], device=self.device)
             if logprob_rows

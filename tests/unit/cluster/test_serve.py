@@ -234,6 +234,8 @@ def test_a_dead_worker_costs_its_requests_one_error_event_and_is_replaced(start:
     assert served.worker_pid() != first_pid
     served.signal()
     assert served.wait() == 0
+    served.wait_for("(end)")
+    assert not [line for line in served.lines if "fork" in line]  # gRPC's own word on our starting a process
 
 
 def test_a_worker_that_cannot_start_is_the_servers_error(start: Start) -> None:

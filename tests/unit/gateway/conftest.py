@@ -53,6 +53,7 @@ async def one_loop() -> AsyncIterator[None]:
 
     loop.set_exception_handler(ignore_other_loops)
     yield
+    loop.set_exception_handler(handle)
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.gateway.fields import validate
+from cluster.gateway.logprobs import CompletionLogprobs
+from cluster.gateway.openai import CompletionRequest
 from cluster.gateway.settings import SamplingDefaults
+from cluster.gateway.submit import Prompt
+from cluster.gateway.tokenize import TextTokenizer
+from cluster.protocol import Finish, RequestOutput, Submit, TokenLogprobs
 from tests.support.scripted_worker import BEGIN_ID, END_ID, ScriptedWorker, say, text_ids
 from tests.unit.gateway.conftest import Serve, Served
 
@@ -82,9 +89,44 @@ async def test_log_probabilities_behind_an_echo(served: Served, worker: Scripted
     assert logprobs["top_logprobs"][1:] == [{token: -1.0} for token in logprobs["tokens"][1:]]
 
 
-async def test_minus_infinity_is_a_number(served: Served, worker: ScriptedWorker) -> None:
-    from cluster.protocol import Finish, RequestOutput, TokenLogprobs
+async def test_text_offsets_behind_a_prompt_that_ends_within_a_character(
+    served: Served, worker: ScriptedWorker
+) -> None:
+    worker.answer = say("xy")
+    choice = await choice_of(served, prompt=[0xC3], echo=True, logprobs=0, max_tokens=2)
+    assert choice["text"] == "\ufffdxy"
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2]
 
+
+def test_text_offsets_where_tokens_and_text_differ(checkpoint: Path) -> None:
+    """A tokenizer that puts a space before the first word: the echoed text has none."""
+    request = validate(CompletionRequest, {"prompt": "a b", "echo": True, "logprobs": 0})
+    pieces = CompletionLogprobs(request, TextTokenizer.from_checkpoint(checkpoint))
+    tokens = [
+        TokenLogprobs(token_id=1, token=text, logprob=-1.0, rank=1, top=[]) for text in (b" a", b" b", b" c", b" d")
+    ]
+    output = RequestOutput(request_id="r", index=0, prompt_logprobs=[*tokens[:2]], logprobs=tokens[2:])
+    assert pieces.piece(output, Prompt((1, 1), "a b"))["text_offset"] == [0, 2, 3, 5]
+
+
+async def test_cached_tokens_are_those_of_the_first_sample(served: Served, worker: ScriptedWorker) -> None:
+    """The other samples find the first one's pages, which says nothing of the cache."""
+
+    def outputs(submit: Submit) -> list[RequestOutput]:
+        if not submit.sampling.choice:
+            return []
+        first, second = (submit.request_id.removesuffix("1") + choice for choice in "01")
+        return [
+            RequestOutput(request_id=name, index=0, text="x", cached_tokens=cached, finish=Finish(reason="stop"))
+            for name, cached in ((second, 128), (first, 64))
+        ]
+
+    worker.raw = outputs
+    usage = (await served.complete(n=2)).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 64
+
+
+async def test_minus_infinity_is_a_number(served: Served, worker: ScriptedWorker) -> None:
     lost = TokenLogprobs(token_id=72, token=b"H", logprob=float("-inf"), rank=9, top=[])
     worker.raw = lambda submit: [
         RequestOutput(

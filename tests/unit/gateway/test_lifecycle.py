@@ -222,7 +222,9 @@ async def test_a_worker_that_refuses(
 ) -> None:
     worker.raw = lambda submit: [RequestOutput(request_id=submit.request_id, index=0, finish=finish)]
     response = await served.complete(stream=stream)
-    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (status, code)
+    assert error["param"] == ("response_format" if code == "invalid_grammar" else None)
 
 
 async def test_one_choice_that_fails_ends_the_others(served: Served, worker: ScriptedWorker) -> None:

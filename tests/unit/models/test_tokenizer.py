@@ -27,7 +27,7 @@ def streamed(detokenizer: Detokenizer, ids: list[int]) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("skip", [True, False])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_the_stream_is_the_full_decode(kind: str, skip: bool, data: st.DataObject) -> None:
     tokenizer = LOADED[kind]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from tests.support.sampling import correlation, uniform_p
@@ -12,7 +13,7 @@ VOCAB = 4096
 
 
 def noise_of(streams: list[int], positions: list[int]) -> torch.Tensor:
-    return GumbelNoise(VOCAB, CPU).rows(position_keys(torch.tensor(streams), torch.tensor(positions)))
+    return GumbelNoise(VOCAB, CPU).rows(position_keys(np.array(streams, dtype=np.uint64), positions))
 
 
 def uniform_of(noise: torch.Tensor) -> torch.Tensor:
@@ -22,19 +23,8 @@ def uniform_of(noise: torch.Tensor) -> torch.Tensor:
 
 def test_the_mixer_is_splitmix64() -> None:
     # the first outputs of splitmix64 seeded with 1234567 (Vigna's reference implementation)
-    golden, state, found = 0x9E3779B97F4A7C15, 1234567, []
-    for _ in range(3):
-        state = (state + golden) % 2**64
-        found.append(mix(state))
-    assert found == [6457827717110365317, 3203168211198807973, 9817491932198370423]
-
-
-def test_keys_on_tensors_are_those_of_integers() -> None:
-    streams = [stream_key(seed, choice) for seed in (0, 1, -5, 2**64 - 1) for choice in (0, 3)]
-    keys = position_keys(torch.tensor(streams), torch.full((len(streams),), 77))
-    golden = 0x9E3779B97F4A7C15
-    wanted = [mix((77 * golden + stream) % 2**64) for stream in streams]
-    assert [key % 2**64 for key in keys.tolist()] == wanted
+    states = np.uint64(1234567) + np.arange(1, 4, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    assert mix(states).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 def test_seeds_beyond_64_bits_wrap_and_all_others_differ() -> None:
@@ -45,14 +35,14 @@ def test_seeds_beyond_64_bits_wrap_and_all_others_differ() -> None:
 
 def test_values_at_ids_are_those_of_whole_rows() -> None:
     noise = GumbelNoise(VOCAB, CPU)
-    keys = position_keys(torch.arange(40), torch.arange(40) * 3)
+    keys = position_keys(np.arange(40, dtype=np.uint64), range(0, 120, 3))
     ids = torch.randint(0, VOCAB, (40, 33), generator=torch.Generator().manual_seed(0))
     assert torch.equal(noise.at(keys, ids), noise.rows(keys).gather(1, ids))
 
 
 def test_a_row_does_not_depend_on_the_rows_around_it() -> None:
     noise = GumbelNoise(1001, CPU)
-    keys = position_keys(torch.arange(200), torch.arange(200))
+    keys = position_keys(np.arange(200, dtype=np.uint64), range(200))
     whole = noise.rows(keys)
     for row in (0, 1, 57, 130, 199):
         assert torch.equal(noise.rows(keys[row : row + 1])[0], whole[row])
@@ -70,7 +60,7 @@ def test_it_is_a_gumbel_distribution() -> None:
 
 
 def test_seeds_positions_choices_and_tokens_are_independent() -> None:
-    n = 256
+    n = 128
     seeds = uniform_of(noise_of([stream_key(seed, 0) for seed in range(n)], [0] * n))
     positions = uniform_of(noise_of([stream_key(0, 0)] * n, list(range(n))))
     choices = uniform_of(noise_of([stream_key(0, choice) for choice in range(n)], [0] * n))

@@ -13,7 +13,8 @@ from transformers import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProce
 from cluster.protocol import Sampling
 from tests.support.sampling import chi_square_p, make_request
 from workers.request import Request
-from workers.sampling.sampler import NO_TOKEN, NOT_FINITE, Sampler, failure
+from workers.sampling.logprobs import NO_TOKEN, NOT_FINITE
+from workers.sampling.sampler import Sampler, failure
 
 CPU = torch.device("cpu")
 EOS = (0,)
@@ -78,7 +79,9 @@ def draw(parameters: dict[str, float], seeds: bool = True) -> torch.Tensor:
     if not parameters:
         fields["logit_bias"] = {token: math.log(2.0) for token in range(1, 9)}
     requests = [
-        make_request(str(i), seed=i if seeds else 0, prompt=[1] * (3 if seeds else i % 200 + 1), choice=i // 200, **fields)
+        make_request(
+            str(i), seed=i if seeds else 0, prompt=[1] * (3 if seeds else i % 200 + 1), choice=i // 200, **fields
+        )
         for i in range(NUM_DRAWS)
     ]
     logits = (PROBABILITIES.log().float() + 1.5).expand(NUM_DRAWS, -1)
@@ -211,7 +214,9 @@ def test_no_requests_no_rows() -> None:
 # ---------------------------------------------------------------------------------------------------- constraints
 
 
-def greedy_after(logits: torch.Tensor, oracle: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor], ids: list[int]) -> int:
+def greedy_after(
+    logits: torch.Tensor, oracle: Callable[[torch.LongTensor, torch.Tensor], torch.Tensor], ids: list[int]
+) -> int:
     return int(oracle(torch.tensor([ids]), logits[None].clone()).argmax())  # type: ignore[arg-type]
 
 
@@ -292,9 +297,7 @@ def test_bad_words_are_transformers() -> None:
     for seed in range(40):
         logits = logits_of(1, 9, seed=seed)[0]
         ids = generator.choices(range(1, 8), k=6)
-        request = make_request(
-            prompt=ids[:3], output=ids[3:], temperature=0.0, bad_words=tuple(map(tuple, words))
-        )
+        request = make_request(prompt=ids[:3], output=ids[3:], temperature=0.0, bad_words=tuple(map(tuple, words)))
         assert ids_of(logits[None], [request]) == [greedy_after(logits, oracle, ids)]
 
 
