@@ -156,6 +156,10 @@ class WorkerService:
             self.runner.abort(request_id)
         stream.request_ids.clear()
 
+    def close(self) -> None:
+        """End the processes that check grammars."""
+        self._compiler.close()
+
     async def state(self, _request: bytes, _context: object) -> EngineState:
         return msgspec.structs.replace(self.runner.snapshot(), worker_id=self.hello.worker_id)
 
@@ -208,6 +212,7 @@ async def serve(launch: Launch, built: BuiltEngine) -> None:
         await asyncio.sleep(0.02)
     await server.stop(grace=0.2)
     await asyncio.to_thread(service.runner.stop, 2.0)
+    service.close()
 
 
 def _watch_parent() -> None:

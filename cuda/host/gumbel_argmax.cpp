@@ -65,30 +65,43 @@ void foretoken_gumbel_argmax(const float* logits, const uint64_t* salts, const i
   parallel_ranges(num_rows, keys == nullptr ? 16 : 2, static_cast<int>(num_threads), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const float* row = logits + r * vocab_size;
-      float best = -std::numeric_limits<float>::infinity();
-      int64_t best_id = 0;
-      bool not_a_number = false;
-      for (int64_t at = 0; at < vocab_size; at += kLanes) {
-        const int64_t count = vocab_size - at < kLanes ? vocab_size - at : kLanes;
+      constexpr float kNothing = -std::numeric_limits<float>::infinity();
+      Vec best = splat(kNothing);
+      IntVec best_at{}, not_a_number{}, at_lane;
+      for (int i = 0; i < kLanes; ++i) at_lane[i] = i;
+      const auto take = [&](Vec x) {
+        const IntVec larger = x > best;
+        best = larger ? x : best;
+        best_at = larger ? at_lane : best_at;
+        not_a_number |= x != x;
+        at_lane += kLanes;
+      };
+      int64_t at = 0;
+      for (; at + kLanes <= vocab_size; at += kLanes) {
+        Vec x = load(row + at);
+        if (keys != nullptr) x = gumbel(static_cast<uint64_t>(keys[r]), salts + at) * temperatures[r] + x;
+        take(x);
+      }
+      if (at < vocab_size) {
+        const int64_t count = vocab_size - at;
         Vec x = load_some(row + at, count);
         if (keys != nullptr) {
           uint64_t some[kLanes] = {};
           std::memcpy(some, salts + at, count * sizeof(uint64_t));
           x = gumbel(static_cast<uint64_t>(keys[r]), some) * temperatures[r] + x;
         }
-        float lanes[kLanes];
-        std::memcpy(lanes, &x, sizeof(x));
-        if (max_lanes(x) > best || !(sum_lanes(x - x) == 0.0f)) {
-          for (int64_t i = 0; i < count; ++i) {
-            not_a_number |= lanes[i] != lanes[i];
-            if (lanes[i] > best) {
-              best = lanes[i];
-              best_id = at + i;
-            }
-          }
-        }
+        for (int64_t i = count; i < kLanes; ++i) x[i] = kNothing;
+        take(x);
       }
-      values[r] = not_a_number ? std::numeric_limits<float>::quiet_NaN() : best;
+      // Of equal scores the first token's wins, as in torch.
+      int lane = 0;
+      bool any_not_a_number = false;
+      for (int i = 0; i < kLanes; ++i) {
+        any_not_a_number |= not_a_number[i] != 0;
+        if (best[i] > best[lane] || (best[i] == best[lane] && best_at[i] < best_at[lane])) lane = i;
+      }
+      const int64_t best_id = best_at[lane];
+      values[r] = any_not_a_number ? std::numeric_limits<float>::quiet_NaN() : best[lane];
       ids[r] = best_id;
     }
   });

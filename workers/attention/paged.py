@@ -81,12 +81,12 @@ def _cut(slices: Sequence[SequenceSlice], page_size: int) -> list[_Block]:
 
 def plan_blocks(slices: Sequence[SequenceSlice], page_size: int) -> AttentionPlan:
     """The step's blocks as a table, on the CPU."""
-    table: list[tuple[int, int, int, int, int]] = []
+    table: list[int] = []
     page_ids: list[int] = []
     for block in _cut(slices, page_size):
-        table.append((block.first_row, block.start, block.num_queries, len(page_ids), len(block.page_ids)))
+        table += (block.first_row, block.start, block.num_queries, len(page_ids), len(block.page_ids))
         page_ids.extend(block.page_ids)
-    return AttentionPlan(torch.tensor(table, dtype=torch.int64), torch.tensor(page_ids, dtype=torch.int64))
+    return AttentionPlan(torch.tensor(table, dtype=torch.int64).view(-1, 5), torch.tensor(page_ids, dtype=torch.int64))
 
 
 def plan_groups(

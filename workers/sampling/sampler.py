@@ -114,9 +114,9 @@ class Sampler:
             keys = position_keys(layout.streams, [lengths[row] for row in layout.keyed]).to(self.device)
         drawn = [result for part in layout.parts for result in self._draw_part(logits, part, keys)]
         values, ids = drawn[0] if len(drawn) == 1 else map(torch.cat, zip(*drawn, strict=True))
-        ids = torch.where(values.abs() < math.inf, ids, torch.where(values == -math.inf, NO_TOKEN, NOT_FINITE))
         if layout.logprob_places is None:
-            return _in_order([SampledRow(token_id) for token_id in ids.tolist()], layout.order)
+            return _in_order(list(map(_sampled, values.tolist(), ids.tolist())), layout.order)
+        ids = torch.where(values.abs() < math.inf, ids, torch.where(values == -math.inf, NO_TOKEN, NOT_FINITE))
         return self._with_logprobs(logits, ids, layout)
 
     def score(self, logits: torch.Tensor, target_ids: torch.Tensor, num_top: int) -> list[SampledRow]:
@@ -264,6 +264,12 @@ def _kind(request: Request, vocab_size: int) -> str:
         not 0 < sampling.top_k < vocab_size and sampling.top_p >= 1 and sampling.typical_p >= 1 and sampling.min_p <= 0
     )
     return "plain" if unfiltered else "filtered"
+
+
+def _sampled(value: float, token_id: int) -> SampledRow:
+    if -math.inf < value < math.inf:
+        return SampledRow(token_id)
+    return SampledRow(NO_TOKEN if value == -math.inf else NOT_FINITE)
 
 
 def _in_order(results: list[SampledRow], order: list[int]) -> list[SampledRow]:
