@@ -9,7 +9,6 @@
     │   ├── ContextLengthError          400     context_length_exceeded  prompt and max_tokens do not fit
     │   ├── GrammarError                400     invalid_grammar          a grammar cannot be compiled in bounds
     │   ├── RequestTooLargeError        413     request_too_large        a body over the limit
-    │   ├── AuthenticationError         401     invalid_api_key          no key, or a wrong one
     │   └── ModelNotFoundError          404     model_not_found          no such model is served
     ├── UnavailableError                503     unavailable              not the caller's fault; try again
     │   ├── OverloadedError             429     overloaded               the queue is full (Retry-After)
@@ -65,10 +64,6 @@ class GrammarError(RequestError):
 
 class RequestTooLargeError(RequestError):
     status, code = 413, "request_too_large"
-
-
-class AuthenticationError(RequestError):
-    status, code, kind = 401, "invalid_api_key", "authentication_error"
 
 
 class ModelNotFoundError(RequestError):

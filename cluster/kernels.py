@@ -7,20 +7,15 @@ import subprocess
 import sys
 
 from cluster.config import Settings
-from cluster.control.launch import PACKAGES
+from cluster.control.launch import PACKAGES, kernels_dir
 from cluster.errors import ConfigError
 
 BUILD_TIMEOUT_S = 600.0
 
 
-def kernels_dir(settings: Settings) -> str:
-    """Where compiled kernels are kept."""
-    return str(settings.home / "kernels")
-
-
 def build(settings: Settings) -> str:
     """Compile what the cache does not have; -> the library's path. Raises `ConfigError` with the compiler's words."""
-    command = [sys.executable, "-m", "workers.kernels.build", kernels_dir(settings)]
+    command = [sys.executable, "-m", "workers.kernels.build", str(kernels_dir(settings))]
     environment = {**os.environ, "PYTHONPATH": str(PACKAGES)}
     try:
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S)

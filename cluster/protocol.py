@@ -36,6 +36,7 @@ class Launch(Message, frozen=True):
     max_num_seqs: int = 64
     token_budget: int = 2048  # tokens a step
     page_size: int = 64  # KV positions a page
+    host_memory_bytes: int | None = None  # what the machine, or its container, has free; None: as the worker finds it
     kv_cache_bytes: int | None = None  # None: sized to the machine
     prefix_cache: bool = True
     static_batching: bool = False  # wait for whole batches: the baseline of `mixed32/static_batching`
@@ -108,11 +109,7 @@ class Abort(Message, frozen=True, tag="abort"):
     request_id: str
 
 
-class Drain(Message, frozen=True, tag="drain"):
-    """Admit nothing more; finish what runs."""
-
-
-ToWorker = Submit | Abort | Drain
+ToWorker = Submit | Abort
 
 
 # ------------------------------------------------------------------------------------------------ worker -> gateway

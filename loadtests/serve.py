@@ -21,7 +21,8 @@ from typing import Any, Literal, NoReturn
 
 from rich.console import Console
 
-from cluster.control.launch import worker_environment
+from cluster.config import load as load_settings
+from cluster.control.launch import kernels_dir, worker_environment
 from cluster.errors import ConfigError, ForetokenError
 from cluster.machine import this_machine
 from cluster.protocol import Launch
@@ -47,7 +48,9 @@ from loadtests.workload import Listed, continuous_steps, mixed_lengths, static_s
 
 OVERHEAD = "burst32", "step_overhead_s", "s"
 FIRST_TOKEN = "start", "first_token_s", "s"
-INVARIANT = "engine_decode32/fast", "engine_decode1/fast", "engine_prefill/fast"
+FORMS = ("kernels", "torch")  # as served; and as without a compiler
+KINDS = ("decode32/fast", "decode1/fast", "prefill/fast")
+INVARIANT = tuple(f"{form}_{kind}" for form in FORMS for kind in KINDS)
 MIXED = "mixed32/static_batching"
 MIXED_SLOTS = 4  # sequences at once in `mixed32`: few, so that a step costs much the same however many are taken
 OPENER_TOKENS = 32
@@ -200,7 +203,7 @@ def _step_counters(server: Server) -> tuple[float, float, float]:
 
 def _invariant_price(bench: Bench) -> list[Row]:
     """Time in the invariant numerics class over time in the fast one, of the engine by itself."""
-    batch, alone, prompt = INVARIANT
+    batch, alone, prompt = KINDS
     scale = bench.scale
 
     def times(engine: LineProcess, prompts: list[list[int]], num_tokens: int) -> dict[str, Any]:
@@ -211,24 +214,28 @@ def _invariant_price(bench: Bench) -> list[Row]:
         ours, theirs = (times(engine, prompts, num_tokens)[kind] for engine in (invariant, fast))
         return ours, theirs
 
-    bench.say("invariant_price: starting two engines")
-    with started_together(_engine(bench, "invariant"), _engine(bench, "fast")) as (invariant, fast):
-        works = {
-            batch: lambda: measure(NUM_REQUESTS, *scale.burst, "decode_s"),
-            alone: lambda: measure(1, *scale.single, "decode_s"),
-            prompt: lambda: measure(1, scale.prefill, 1, "prefill_s"),
-        }
-        rows = []
-        for case, work in works.items():
-            work()  # warm
-            pairs = bench.pairs(f"{case} invariant_price", scale.pairs, work)
-            note = "the same batch through an engine with numerics fast"
-            rows += ratio_rows(case, "invariant_price", "duration_s", "s", pairs, note)
-        return rows
+    rows = []
+    for form in FORMS:
+        bench.say(f"invariant_price, {form}: starting two engines")
+        kernels = str(kernels_dir(load_settings())) if form == "kernels" else None
+        engines = _engine(bench, "invariant", kernels), _engine(bench, "fast", kernels)
+        with started_together(*engines) as (invariant, fast):
+            works = {
+                batch: lambda: measure(NUM_REQUESTS, *scale.burst, "decode_s"),
+                alone: lambda: measure(1, *scale.single, "decode_s"),
+                prompt: lambda: measure(1, scale.prefill, 1, "prefill_s"),
+            }
+            for kind, work in works.items():
+                case = f"{form}_{kind}"
+                work()  # warm
+                pairs = bench.pairs(f"{case} invariant_price", scale.pairs, work)
+                note = "the same batch through an engine with numerics fast"
+                rows += ratio_rows(case, "invariant_price", "duration_s", "s", pairs, note)
+    return rows
 
 
 @contextlib.contextmanager
-def _engine(bench: Bench, numerics: Literal["invariant", "fast"]) -> Iterator[LineProcess]:
+def _engine(bench: Bench, numerics: Literal["invariant", "fast"], kernels: str | None) -> Iterator[LineProcess]:
     """An engine of this numerics class in a process of its own, with a worker's environment."""
     launch = Launch(
         address="",
@@ -236,6 +243,7 @@ def _engine(bench: Bench, numerics: Literal["invariant", "fast"]) -> Iterator[Li
         served_name="bench",
         numerics=numerics,
         num_threads=bench.num_threads,
+        kernels_dir=kernels,
     )
     env = worker_environment(launch, this_machine(), os.environ)
     with LineProcess("workers.bench", env=env) as engine:

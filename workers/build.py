@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,19 +61,13 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def available_bytes(device: torch.device) -> int:
-    """Memory that is free now: of the device, or of the host within its cgroup."""
+def free_bytes(launch: Launch, device: torch.device) -> int:
+    """Memory that is free before anything is loaded: of the device, or of the host as the launcher found it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return max(free, 0)
+    if launch.host_memory_bytes is not None:
+        return launch.host_memory_bytes
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def product_shapes(weights: ModelWeights) -> list[tuple[int, int]]:
@@ -138,9 +133,14 @@ def build_engine(launch: Launch, progress: Callable[[int, int], None] | None = N
     path = Path(launch.model_path)
     # bf16 products on a CPU can be a hundred times slower than fp32, and are never needed for parity.
     dtype = torch.float32 if device.type == "cpu" else None
-    limit_bytes = int(available_bytes(device) * WEIGHTS_SHARE)
+    free = free_bytes(launch, device)
     spec, weights = load_model(
-        path, device=device, dtype=dtype, progress=progress, limit_bytes=limit_bytes, laid_out=device.type == "cpu"
+        path,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+        limit_bytes=int(free * WEIGHTS_SHARE),
+        laid_out=device.type == "cpu",
     )
     dtype = weights.embedding.dtype
     native = None
@@ -154,7 +154,7 @@ def build_engine(launch: Launch, progress: Callable[[int, int], None] | None = N
     max_model_len = resolve_max_model_len(launch, spec)
     options = EngineOptions(
         max_model_len=max_model_len,
-        num_pages=num_kv_pages(launch, spec, max_model_len, available_bytes(device), dtype),
+        num_pages=num_kv_pages(launch, spec, max_model_len, free - weight_bytes(weights), dtype),
         page_size=launch.page_size,
         prefix_cache=launch.prefix_cache,
         scheduler=SchedulerOptions(
@@ -166,27 +166,28 @@ def build_engine(launch: Launch, progress: Callable[[int, int], None] | None = N
     experts = LocalExperts(
         [layer.mlp.experts if isinstance(layer.mlp, MoEWeights) else None for layer in weights.layers], numerics
     )
-    decoder = Decoder(spec, weights, experts, numerics, num_positions=spec.max_position)
+    decoder = Decoder(spec, weights, experts, numerics, num_positions=max_model_len)
     engine = Engine(decoder, Tokenizer(path), eos_token_ids(path), options, model_name=launch.served_name)
     return BuiltEngine(engine, num_parameters(weights))
 
 
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    """All tensors in a tree of tuples and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def weight_bytes(weights: ModelWeights) -> int:
+    """Memory of the distinct tensors; a tied embedding counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in _tensors(weights)}.values())
+
+
 def num_parameters(weights: ModelWeights) -> int:
-    """Distinct parameters; a tied embedding counts once."""
-    total, seen = 0, set()
-
-    def visit(value: object) -> None:
-        nonlocal total
-        if isinstance(value, torch.Tensor):
-            if value.data_ptr() not in seen:
-                seen.add(value.data_ptr())
-                total += value.numel()
-        elif isinstance(value, tuple):
-            for item in value:
-                visit(item)
-        elif hasattr(value, "__dataclass_fields__"):
-            for name in value.__dataclass_fields__:
-                visit(getattr(value, name))
-
-    visit(weights)
-    return total
+    """Distinct parameters."""
+    return sum({tensor.data_ptr(): tensor.numel() for tensor in _tensors(weights)}.values())

@@ -108,7 +108,14 @@ class Engine:
         return request
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises `InvalidValueError` where its id is taken."""
+        """Queue a request. Raises `InvalidValueError` where its id is taken or its positions leave the context."""
+        reach = request.position_offset + request.num_prompt + request.stopping.max_tokens
+        if reach > self.options.max_model_len:
+            raise InvalidValueError(
+                f"position_offset {request.position_offset} takes the request to position {reach}, over the context "
+                f"length of {self.options.max_model_len}",
+                param="position_offset",
+            )
         if request.request_id in self._requests:
             raise InvalidValueError(f"request id {request.request_id!r} is already running", param="request_id")
         self._requests[request.request_id] = request
@@ -167,6 +174,7 @@ class Engine:
         self._pages.truncate(request, min(request.num_computed, at - 1))
         self._restate(request, request)
 
+    @torch.inference_mode()
     def score(self, request_id: str, ids: Sequence[int]) -> list[float]:
         """The log probability of each of `ids` behind a request's tokens, on a fork that is then discarded.
 

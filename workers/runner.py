@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -20,10 +21,13 @@ IDLE_WAIT_S = 0.25  # how often an idle engine looks at deadlines
 class EngineRunner:
     """Runs `Engine.step` while there is work. All methods may be called from any thread."""
 
-    def __init__(self, engine: Engine, publish: Callable[[StepOutput], None]) -> None:
-        """`publish` gets each step's output, in order, on the engine's thread."""
+    def __init__(
+        self, engine: Engine, publish: Callable[[StepOutput], None], die: Callable[[], None] = lambda: os._exit(1)
+    ) -> None:
+        """`publish` gets each step's output, in order, on the engine's thread; `die` ends the process at a fault."""
         self._engine = engine
         self._publish = publish
+        self._die = die
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -76,6 +80,15 @@ class EngineRunner:
             self._publish(refusal(request.request_id, error))
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException:
+            # Nobody else would notice: the process would go on answering, and every request would hang. The launcher
+            # starts a process that has ended again, and its clients learn that their worker is lost.
+            log.critical("the engine's thread failed; the worker ends", exc_info=True)
+            self._die()
+
+    def _loop(self) -> None:
         while True:
             with self._wake:
                 if not self._inbox and not self._engine.has_work and not self._stopping:

@@ -23,6 +23,17 @@ def _age(request: Request) -> tuple[int, float]:
     return request.priority, request.arrival
 
 
+# Logits of every row are as wide as the vocabulary: so many rows of a prompt at a time, whatever the budget.
+MAX_PROMPT_LOGIT_ROWS = 128
+
+
+def _chunk(request: Request, num_uncomputed: int, budget: int) -> int:
+    """How many of a request's tokens run in this step."""
+    if request.sampling.prompt_logprobs is not None and request.num_computed < request.num_prompt:
+        budget = min(budget, MAX_PROMPT_LOGIT_ROWS)
+    return min(num_uncomputed, budget)
+
+
 class Scheduler:
     """Temporal fusion (Flover; Orca's iteration-level scheduling): requests join and leave at any step.
 
@@ -51,7 +62,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         scheduled: list[Scheduled] = []
-        preempted: list[Request] = []
+        num_preemptions = self.num_preemptions
         budget = self.options.token_budget
         counts = [(request, len(request.tokens) - request.num_computed) for request in self.running]
         order = [item for item in counts if item[1] <= 1] + [item for item in counts if item[1] > 1]
@@ -60,16 +71,16 @@ class Scheduler:
                 break
             if request.status is not Status.RUNNING:  # preempted in this very loop
                 continue
-            num_tokens = min(num_uncomputed, budget)
-            if self._reserve(request, num_tokens, preempted, scheduled):
+            num_tokens = _chunk(request, num_uncomputed, budget)
+            if self._reserve(request, num_tokens, scheduled):
                 scheduled.append(Scheduled(request, num_tokens))
                 budget -= num_tokens
         # After a preemption nobody is admitted: the newcomer would take the pages that were just given up.
-        if not preempted and not (self.options.static_batching and self.running):
+        if self.num_preemptions == num_preemptions and not (self.options.static_batching and self.running):
             self._admit(scheduled, budget)
-        return StepPlan(scheduled, preempted)
+        return StepPlan(scheduled)
 
-    def _reserve(self, request: Request, num_tokens: int, preempted: list[Request], scheduled: list[Scheduled]) -> bool:
+    def _reserve(self, request: Request, num_tokens: int, scheduled: list[Scheduled]) -> bool:
         """Pages for `request`, taken from the youngest where none are free; False where it was itself the youngest."""
         while True:
             try:
@@ -80,7 +91,6 @@ class Scheduler:
                 # Whoever is in the step already keeps its place: undoing it would undo its reservation too.
                 victim = max((r for r in self.running if id(r) not in chosen), key=_age)
                 self._preempt(victim)
-                preempted.append(victim)
                 if victim is request:
                     return False
 
@@ -107,7 +117,7 @@ class Scheduler:
                     if id(other) not in admitted:
                         self._pages.release(other)
                 break
-            num_tokens = min(request.num_uncomputed, budget)
+            num_tokens = _chunk(request, request.num_uncomputed, budget)
             self._pages.reserve(request, num_tokens)
             request.status = Status.RUNNING
             insort(self.running, request, key=_age)
@@ -132,8 +142,11 @@ class Scheduler:
 
     def _waits_for_its_group(self, request: Request) -> bool:
         """A prompt that another of the group computes right now is taken from the prefix cache when it is there."""
-        return bool(request.group) and any(
-            other.group == request.group and other.num_computed < request.num_prompt - 1 and other is not request
-            for other in self.running
-            if other.num_prompt > self._pages.page_size
+        return (
+            bool(request.group)
+            and request.num_prompt > self._pages.page_size
+            and self._pages.uses_prefixes(request)
+            and any(
+                other.group == request.group and other.num_computed < request.num_prompt - 1 for other in self.running
+            )
         )

@@ -18,16 +18,17 @@ from collections.abc import AsyncIterator
 import grpc
 import msgspec
 
-from cluster.errors import ForetokenError
+from cluster.errors import EngineError, ForetokenError
 from cluster.protocol import (
     PROTOCOL_VERSION,
     SERVICE,
-    Abort,
-    Drain,
     EngineState,
+    Finish,
     FromWorker,
+    Grammar,
     Hello,
     Launch,
+    RequestOutput,
     StepOutput,
     Submit,
     ToWorker,
@@ -40,6 +41,7 @@ from workers.sampling.guided import CompiledGrammar, GrammarCompiler
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 256 << 20
+MAX_QUEUED_MESSAGES = 16_384  # to one gateway; each is a step's
 # The event loop and the engine share an interpreter: a waiting engine thread must not wait the default 5 ms for it.
 SWITCH_INTERVAL_S = 0.0005
 
@@ -51,9 +53,24 @@ class _Stream:
     """One gateway's open stream: its requests and what is on the way to it."""
 
     def __init__(self) -> None:
-        self.outputs: asyncio.Queue[FromWorker | None] = asyncio.Queue()
         self.request_ids: set[str] = set()
         self.compiling: dict[str, asyncio.Task[None]] = {}
+        self._outputs: asyncio.Queue[FromWorker | None] = asyncio.Queue()
+
+    def put(self, message: FromWorker) -> None:
+        """Queue a message; a gateway that has stopped reading is cut off rather than waited for."""
+        if self._outputs.qsize() < MAX_QUEUED_MESSAGES:
+            self._outputs.put_nowait(message)
+        elif self._outputs.qsize() == MAX_QUEUED_MESSAGES:
+            log.error("a stream is closed: its gateway reads nothing, %d messages wait for it", MAX_QUEUED_MESSAGES)
+            self.end()
+
+    def end(self) -> None:
+        self._outputs.put_nowait(None)
+
+    async def get(self) -> FromWorker | None:
+        """The next message; None at the end."""
+        return await self._outputs.get()
 
 
 class WorkerService:
@@ -73,7 +90,7 @@ class WorkerService:
 
     def _dispatch(self, output: StepOutput) -> None:
         """Give each stream its part of a step."""
-        parts: dict[int, tuple[_Stream, list]] = {}  # type: ignore[type-arg]
+        parts: dict[int, tuple[_Stream, list[RequestOutput]]] = {}
         for item in output.outputs:
             stream = self._owners.get(item.request_id)
             if stream is None:  # its gateway has gone
@@ -83,7 +100,7 @@ class WorkerService:
                 del self._owners[item.request_id]
                 stream.request_ids.discard(item.request_id)
         for stream, outputs in parts.values():
-            stream.outputs.put_nowait(StepOutput(outputs=outputs))
+            stream.put(StepOutput(outputs=outputs))
 
     async def stream(self, messages: AsyncIterator[bytes], _context: object) -> AsyncIterator[bytes]:
         """The bidirectional stream: `Hello`, then a `StepOutput` for each step that concerns this gateway."""
@@ -91,7 +108,7 @@ class WorkerService:
         reader = asyncio.create_task(self._read(stream, messages))
         try:
             yield _encode(self.hello)
-            while (message := await stream.outputs.get()) is not None:
+            while (message := await stream.get()) is not None:
                 yield _encode(message)
         finally:
             reader.cancel()
@@ -104,39 +121,41 @@ class WorkerService:
         except msgspec.DecodeError as error:
             log.error("a stream is closed: it sent a message that is none of the protocol's: %s", error)
         finally:
-            stream.outputs.put_nowait(None)
+            stream.end()
 
     def _take(self, stream: _Stream, message: ToWorker) -> None:
         if isinstance(message, Submit):
             self._submit(stream, message)
-        elif isinstance(message, Abort):
-            if (task := stream.compiling.pop(message.request_id, None)) is not None:
-                task.cancel()
-            self.runner.abort(message.request_id)
-        elif isinstance(message, Drain):
-            self.runner.drain()
+        elif self._owners.get(message.request_id) is stream:  # nobody ends another gateway's requests
+            self._abort(stream, message.request_id)
 
     def _submit(self, stream: _Stream, submit: Submit) -> None:
         if submit.request_id in self._owners:
-            stream.outputs.put_nowait(
-                refusal(submit.request_id, ForetokenError(f"request id {submit.request_id!r} is taken"))
-            )
+            stream.put(refusal(submit.request_id, ForetokenError(f"request id {submit.request_id!r} is taken")))
             return
         self._owners[submit.request_id] = stream
         stream.request_ids.add(submit.request_id)
         if submit.sampling.grammar is None:
             self._start(submit, None)
             return
-        task = asyncio.create_task(self._compile_and_start(submit))
+        task = asyncio.create_task(self._compile_and_start(submit, submit.sampling.grammar))
         stream.compiling[submit.request_id] = task
         task.add_done_callback(lambda _: stream.compiling.pop(submit.request_id, None))
 
-    async def _compile_and_start(self, submit: Submit) -> None:
-        assert submit.sampling.grammar is not None
+    def _abort(self, stream: _Stream, request_id: str) -> None:
+        task = stream.compiling.pop(request_id, None)
+        if task is None:
+            self.runner.abort(request_id)
+            return
+        task.cancel()  # the engine has not heard of it: its terminal event is ours to send
+        output = RequestOutput(request_id=request_id, index=0, finish=Finish(reason="abort"))
+        self._dispatch(StepOutput(outputs=[output]))
+
+    async def _compile_and_start(self, submit: Submit, grammar: Grammar) -> None:
         try:
-            compiled = await asyncio.wrap_future(self._compiler.submit(submit.sampling.grammar))
-        except ForetokenError as error:
-            self._dispatch(refusal(submit.request_id, error))
+            compiled = await asyncio.wrap_future(self._compiler.submit(grammar))
+        except Exception as error:
+            self._refuse(submit, error)
             return
         self._start(submit, compiled)
 
@@ -144,8 +163,15 @@ class WorkerService:
         try:
             matcher = compiled.matcher() if compiled is not None else None
             self.runner.submit(self._engine.request_from(submit, matcher))
-        except ForetokenError as error:
-            self._dispatch(refusal(submit.request_id, error))
+        except Exception as error:
+            self._refuse(submit, error)
+
+    def _refuse(self, submit: Submit, error: Exception) -> None:
+        """End one request, whatever was wrong with it, and nothing else on its stream."""
+        if not isinstance(error, ForetokenError):
+            log.error("request %s could not be started", submit.request_id, exc_info=error)
+            error = EngineError(f"the request could not be started: {type(error).__name__}")
+        self._dispatch(refusal(submit.request_id, error))
 
     def _close(self, stream: _Stream) -> None:
         """A gateway is gone: whatever it had running is of no use to anybody."""

@@ -22,10 +22,9 @@ class Scheduled:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What the scheduler decided: which tokens run, and who had to give up its pages for them."""
+    """What the scheduler decided: which tokens run."""
 
     scheduled: list[Scheduled] = field(default_factory=list)
-    preempted: list[Request] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

@@ -46,8 +46,15 @@ def backoff_s(num_failures: int) -> float:
     return 0.0 if num_failures <= 1 else min(10.0, 0.5 * 2 ** (num_failures - 2))
 
 
-def launch_message(settings: Settings, *, address: str, model_path: Path, served_name: str, progress: bool) -> Launch:
-    """A worker's options from the settings."""
+def kernels_dir(settings: Settings) -> Path:
+    """Where compiled kernels are kept."""
+    return settings.home / "kernels"
+
+
+def launch_message(
+    settings: Settings, *, address: str, model_path: Path, served_name: str, progress: bool, machine: Machine
+) -> Launch:
+    """A worker's options from the settings and the machine that it starts on."""
     return Launch(
         address=address,
         model_path=str(model_path),
@@ -56,13 +63,14 @@ def launch_message(settings: Settings, *, address: str, model_path: Path, served
         numerics=settings.numerics,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
+        host_memory_bytes=machine.available_bytes,
         token_budget=settings.token_budget,
         page_size=settings.page_size,
         kv_cache_bytes=settings.kv_cache_bytes,
         prefix_cache=settings.prefix_cache,
         static_batching=settings.static_batching,
         num_threads=settings.num_threads,
-        kernels_dir=str(settings.home / "kernels") if settings.host_kernels else None,
+        kernels_dir=str(kernels_dir(settings)) if settings.host_kernels else None,
         drain_timeout_s=settings.drain_timeout_s,
         log_level=settings.log_level,
         log_format=settings.log_format,
@@ -121,6 +129,7 @@ class WorkerProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._pump: asyncio.Task[None] | None = None
         self._tail = bytearray()
+        self._is_ready = False
         self._stopping = asyncio.Event()
         self._starting = asyncio.Lock()
 
@@ -150,6 +159,7 @@ class WorkerProcess:
         if self.launch.address.startswith("unix:"):
             Path(self.launch.address.removeprefix("unix:")).unlink(missing_ok=True)  # a dead worker's
         self._tail.clear()
+        self._is_ready = False
         self.num_starts += 1
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
@@ -166,6 +176,7 @@ class WorkerProcess:
                 self._process.stdin.write(msgspec.json.encode(self.launch) + b"\n")
                 await self._process.stdin.drain()
             await self._wait_ready(self._process)
+            self._is_ready = True
         except BaseException:
             self.kill()
             await self._reap()
@@ -242,7 +253,8 @@ class WorkerProcess:
         assert process.stdout is not None
         while chunk := await process.stdout.read(TAIL_BYTES):
             self._tail.extend(chunk)
-            last_word = LAST_WORD.search(self._tail)
+            # Once it serves, such a line is like any other: what follows it may be a traceback.
+            last_word = None if self._is_ready else LAST_WORD.search(self._tail)
             shown = self._tail[len(self._tail) - len(chunk) : last_word.start() if last_word else None]
             del self._tail[:-TAIL_BYTES]
             with contextlib.suppress(OSError, ValueError):  # our own standard error may be gone
@@ -301,12 +313,14 @@ def socket_folder() -> Iterator[Path]:
 
 def local_worker(settings: Settings, model_path: Path, served_name: str, folder: Path) -> WorkerProcess:
     """A worker for `model_path`, not started yet, with its socket in `folder`."""
+    machine = this_machine()
     launch = launch_message(
         settings,
         address=f"unix:{folder}/worker.sock",
         model_path=model_path,
         served_name=served_name,
         progress=sys.stderr.isatty() and settings.log_format == "text",
+        machine=machine,
     )
-    environment = worker_environment(launch, this_machine(), os.environ)
+    environment = worker_environment(launch, machine, os.environ)
     return WorkerProcess(launch, environment=environment, start_timeout_s=settings.start_timeout_s, command=COMMAND)

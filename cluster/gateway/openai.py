@@ -121,7 +121,7 @@ class GenerationRequest(RequestModel):
     top_p: Annotated[PositiveFraction | None, HONOURED] = None
     top_k: Annotated[int | None, HONOURED, Field(ge=-1, le=2**31 - 1)] = None  # 0 and -1: off
     min_p: Annotated[Fraction | None, HONOURED] = None
-    typical_p: Annotated[PositiveFraction, HONOURED] = 1.0
+    typical_p: Annotated[PositiveFraction | None, HONOURED] = None
     repetition_penalty: Annotated[RepetitionPenalty | None, HONOURED] = None
     presence_penalty: Annotated[Penalty, HONOURED] = 0.0
     frequency_penalty: Annotated[Penalty, HONOURED] = 0.0

@@ -12,26 +12,32 @@ from cluster.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """What a sampling field is where the request gives none."""
+    """What a sampling field is where the request gives none.
+
+    A checkpoint's `do_sample` is not among them: the temperature alone decides, as everywhere in this API.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
 
     @classmethod
     def from_checkpoint(cls, model_path: Path) -> SamplingDefaults:
         """The defaults of a checkpoint's `generation_config.json`; our own where it has none.
 
-        Raises `CheckpointError` naming a field that is out of range.
+        Raises `CheckpointError` naming the file, and the field that is out of range or of a wrong type.
         """
         path = model_path / "generation_config.json"
-        if not path.is_file():
+        if not path.exists():
             return cls()
         try:
             config = json.loads(path.read_bytes())
-        except ValueError as error:
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not JSON: {error}") from error
         if not isinstance(config, dict):
             raise CheckpointError(f"{path} is not a JSON object")
@@ -40,14 +46,18 @@ class SamplingDefaults:
             "top_p": (math.ulp(0.0), 1.0),
             "top_k": (0, 2**31),
             "min_p": (0.0, 1.0),
+            "typical_p": (math.ulp(0.0), 1.0),
             "repetition_penalty": (math.ulp(0.0), 100.0),
         }
         given = {name: config[name] for name in bounds if config.get(name) is not None}
         for name, value in given.items():
             low, high = bounds[name]
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise CheckpointError(f"{path}: {name} must be a number in [{low:g}, {high:g}], got {value!r}")
-        return replace(cls(), **{name: int(value) if name == "top_k" else value for name, value in given.items()})
+            kind, types = ("a whole number", int) if name == "top_k" else ("a number", int | float)
+            if isinstance(value, bool) or not isinstance(value, types) or not low <= value <= high:
+                raise CheckpointError(
+                    f"{path}: {name} must be {kind} in [{low:g}, {high:g}], got {value!r}", param=name
+                )
+        return replace(cls(), **given)
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,7 +148,7 @@ def make_submits(
                 top_k=max(_given(request.top_k, defaults.top_k), 0),
                 top_p=_given(request.top_p, defaults.top_p),
                 min_p=_given(request.min_p, defaults.min_p),
-                typical_p=request.typical_p,
+                typical_p=_given(request.typical_p, defaults.typical_p),
                 repetition_penalty=_given(request.repetition_penalty, defaults.repetition_penalty),
                 presence_penalty=request.presence_penalty,
                 frequency_penalty=request.frequency_penalty,

@@ -70,10 +70,8 @@ inline void gemm(const float* const* x, int64_t num_rows, const float* w, int64_
     case 1: rows_by_columns<1>(x + r, w, ldw, num_k, y + r, begin, end, accumulate); break;
     case 2: rows_by_columns<2>(x + r, w, ldw, num_k, y + r, begin, end, accumulate); break;
     case 3: rows_by_columns<3>(x + r, w, ldw, num_k, y + r, begin, end, accumulate); break;
-#if !defined(__AVX__) || defined(__AVX512F__)
     case 4: rows_by_columns<4>(x + r, w, ldw, num_k, y + r, begin, end, accumulate); break;
     case 5: rows_by_columns<5>(x + r, w, ldw, num_k, y + r, begin, end, accumulate); break;
-#endif
     default: break;
   }
 }

@@ -37,9 +37,14 @@ void foretoken_swiglu(const float* gate_up, float* y, int64_t num_rows, int64_t 
   });
 }
 
-void foretoken_moe_experts(const float* hidden, const int64_t* topk_ids, const float* topk_weights,
-                           const float* gate_up, const float* down, float* out, int64_t num_tokens, int64_t top_k,
-                           int64_t num_experts, int64_t hidden_size, int64_t intermediate, int64_t num_threads) {
+namespace {
+
+// Tokens of a call are taken in runs of about this many (token, choice) rows, which bounds the memory between products.
+constexpr int64_t kRunRows = 4096;
+
+void moe_run(const float* hidden, const int64_t* topk_ids, const float* topk_weights,
+             const float* gate_up, const float* down, float* out, int64_t num_tokens, int64_t top_k,
+             int64_t num_experts, int64_t hidden_size, int64_t intermediate, int64_t num_threads) {
   const int64_t num_rows = num_tokens * top_k;
   std::vector<int64_t> first(num_experts + 1, 0), place(num_rows);
   for (int64_t i = 0; i < num_rows; ++i) ++first[topk_ids[i] + 1];
@@ -126,6 +131,18 @@ void foretoken_moe_experts(const float* hidden, const int64_t* topk_ids, const f
       }
     }
   });
+}
+
+}  // namespace
+
+void foretoken_moe_experts(const float* hidden, const int64_t* topk_ids, const float* topk_weights,
+                           const float* gate_up, const float* down, float* out, int64_t num_tokens, int64_t top_k,
+                           int64_t num_experts, int64_t hidden_size, int64_t intermediate, int64_t num_threads) {
+  const int64_t run = std::max<int64_t>(1, kRunRows / top_k);
+  for (int64_t t = 0; t < num_tokens; t += run)
+    moe_run(hidden + t * hidden_size, topk_ids + t * top_k, topk_weights + t * top_k, gate_up, down,
+            out + t * hidden_size, std::min(run, num_tokens - t), top_k, num_experts, hidden_size, intermediate,
+            num_threads);
 }
 
 void foretoken_moe_route(const float* logits, int64_t* topk_ids, float* topk_weights, int64_t num_tokens,

@@ -36,12 +36,12 @@ class Pool {
   void run(int64_t num_tasks, int num_workers, const std::function<void(int64_t)>& task) {
     task_ = &task;
     num_tasks_ = num_tasks;
-    wanted_ = num_workers;
     next_.store(0, std::memory_order_relaxed);
     busy_.store(num_workers, std::memory_order_relaxed);
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      generation_.fetch_add(1, std::memory_order_release);
+      const uint64_t count = (generation_.load(std::memory_order_relaxed) >> kCountBits) + 1;
+      generation_.store(count << kCountBits | static_cast<uint64_t>(num_workers), std::memory_order_release);
     }
     if (sleeping_.load(std::memory_order_acquire) > 0) wake_.notify_all();
     take();
@@ -55,6 +55,8 @@ class Pool {
   }
 
  private:
+  static constexpr int kCountBits = 16;
+
   void take() {
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < num_tasks_;) (*task_)(i);
   }
@@ -70,7 +72,9 @@ class Pool {
         sleeping_.fetch_sub(1, std::memory_order_release);
       }
       seen = generation_.load(std::memory_order_acquire);
-      if (index < wanted_) {
+      // `run` waits for the workers that its generation counts, and for no others: who is not among them may be late,
+      // and must not look at anything but this word.
+      if (index < static_cast<int>(seen & ((1u << kCountBits) - 1))) {
         take();
         busy_.fetch_sub(1, std::memory_order_release);
       }
@@ -79,13 +83,12 @@ class Pool {
 
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::atomic<uint64_t> generation_{0};
+  std::atomic<uint64_t> generation_{0};  // of the call, and below it how many workers it wants
   std::atomic<int> sleeping_{0};
   std::atomic<int64_t> next_{0};
   std::atomic<int> busy_{0};
   const std::function<void(int64_t)>* task_ = nullptr;
   int64_t num_tasks_ = 0;
-  int wanted_ = 0;
 };
 
 }  // namespace
@@ -95,19 +98,20 @@ void parallel_for(int64_t num_tasks, int num_threads, const std::function<void(i
   static Pool* pool = nullptr;  // never destroyed: its threads outlive static destruction
   static int size = 0;
   static pid_t owner = 0;
-  if (num_threads > num_tasks) num_threads = static_cast<int>(num_tasks);
-  if (num_threads <= 1) {
+  const int num_wanted = static_cast<int>(num_tasks < num_threads ? num_tasks : num_threads);
+  if (num_wanted <= 1) {
     for (int64_t i = 0; i < num_tasks; ++i) task(i);
     return;
   }
   std::lock_guard<std::mutex> lock(calls);
+  // Sized by the threads that the process may use, not by this call's tasks: a pool that grew would leave its threads.
   // A fork keeps the memory of a pool and none of its threads.
   if (pool == nullptr || size < num_threads - 1 || owner != getpid()) {
     size = num_threads - 1;
     pool = new Pool(size);
     owner = getpid();
   }
-  pool->run(num_tasks, num_threads - 1, task);
+  pool->run(num_tasks, num_wanted - 1, task);
 }
 
 void parallel_ranges(int64_t count, int64_t grain, int num_threads,

@@ -17,7 +17,11 @@ constexpr int kLanes = 8;
 constexpr int kRegisters = 16;
 #else
 constexpr int kLanes = 4;
+#if defined(__aarch64__)
 constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 #endif
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));

@@ -1,4 +1,7 @@
-"""Tiny tokenizers of each kind, trained on a few lines: `build(kind, folder)` writes a `tokenizer.json`."""
+"""Tiny tokenizers of each kind, trained on a few lines: `build(kind, folder)` writes a `tokenizer.json`.
+
+`library(folder)` is that file as the `tokenizers` library reads it: what encodes a test's text.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,10 @@ def build(kind: str, folder: Path) -> Path:
         tokenizer.decoder = None
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+def library(folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def _fallback() -> list[decoders.Decoder]:

@@ -16,7 +16,8 @@ class KVCache:
     ) -> None:
         pages = (num_pages, spec.num_kv_heads)
         k_shape, v_shape = (*pages, spec.head_dim, page_size), (*pages, page_size, spec.head_dim)
-        # Empty: a page is blanked when it is handed out, and memory that no page ever needs is never touched.
+        # Empty: memory that no page ever needs is never touched. What a page held before is blanked when it is handed
+        # out, or, by the host kernels, never read.
         self.k = [torch.empty(k_shape, device=device, dtype=dtype) for _ in spec.layers]
         self.v = [torch.empty(v_shape, device=device, dtype=dtype) for _ in spec.layers]
         self.num_pages = num_pages

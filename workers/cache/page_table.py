@@ -32,13 +32,17 @@ class PageTable:
         self._root_facts = root_facts
         self._prefix_cache = prefix_cache
 
+    def uses_prefixes(self, request: Request) -> bool:
+        """Whether the prefix cache may serve this request: its prompt's own logits must not be asked for."""
+        return self._prefix_cache and request.sampling.prompt_logprobs is None
+
     def match_prefix(self, request: Request) -> int:
         """Give a request without pages those that the prefix cache has; -> tokens found.
 
         The last token is never taken from the cache: its logits are needed.
         """
         assert not request.page_ids
-        if not self._prefix_cache or request.sampling.prompt_logprobs is not None:
+        if not self.uses_prefixes(request):
             return 0
         self._extend_hashes(request, len(request.tokens))
         for digest in request.page_hashes[: (len(request.tokens) - 1) // self.page_size]:
@@ -59,8 +63,7 @@ class PageTable:
         last = (request.num_computed + num_tokens - 1) // self.page_size
         if first == last < len(request.page_ids) and not self._is_shared(request.page_ids[first]):
             return  # the common case of decoding
-        shared = [i for i in range(first, min(last + 1, len(request.page_ids))) if self._is_shared(request.page_ids[i])]
-        num_new = max(0, last + 1 - len(request.page_ids))
+        shared, num_new = self._needs(request, num_tokens)
         if num_new + len(shared) > self.pool.num_free:
             raise OutOfPagesError(f"{num_new + len(shared)} KV pages are needed and {self.pool.num_free} are free")
         for i in shared:
@@ -74,8 +77,17 @@ class PageTable:
                 self._clear_page(request.page_ids[-1])
 
     def num_missing(self, request: Request, num_tokens: int) -> int:
-        """Pages that `reserve` would have to allocate for new tokens."""
-        return max(0, -(-(request.num_computed + num_tokens) // self.page_size) - len(request.page_ids))
+        """Pages that `reserve` would have to allocate."""
+        shared, num_new = self._needs(request, num_tokens)
+        return len(shared) + num_new
+
+    def _needs(self, request: Request, num_tokens: int) -> tuple[list[int], int]:
+        """Which of its pages (places in `page_ids`) must be copied before the next tokens, and how many are missing."""
+        first = request.num_computed // self.page_size
+        last = (request.num_computed + num_tokens - 1) // self.page_size
+        held = range(first, min(last + 1, len(request.page_ids)))
+        shared = [place for place in held if self._is_shared(request.page_ids[place])]
+        return shared, max(0, last + 1 - len(request.page_ids))
 
     def publish(self, request: Request) -> None:
         """Name the request's full computed pages, so that others find them."""

@@ -80,13 +80,6 @@ class PagePool:
         """The page that holds this content, used or free; None where there is none."""
         return self._page_of.get(digest)
 
-    def forget(self) -> None:
-        """Drop all names: pages in use stay, free ones become blank."""
-        self._blank.extend(self._cached)
-        self._cached.clear()
-        self._hash_of.clear()
-        self._page_of.clear()
-
     def check(self) -> None:
         """Raise AssertionError unless every page is exactly one of used, blank and cached."""
         free = [*self._blank, *self._cached]

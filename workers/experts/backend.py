@@ -17,7 +17,6 @@ from workers.numerics import Numerics
 class Pending:
     """What `begin` started and `finish` hands over."""
 
-    layer: int
     output: torch.Tensor  # [T, H]
 
 
@@ -44,7 +43,7 @@ class LocalExperts:
         weights = self._layers[layer]
         assert weights is not None, f"layer {layer} has no experts"
         output = moe_experts(hidden, topk_ids, topk_weights, weights.gate_up, weights.down, self._numerics)
-        return Pending(layer, output)
+        return Pending(output)
 
     def finish(self, pending: Pending) -> torch.Tensor:
         return pending.output

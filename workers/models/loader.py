@@ -7,7 +7,6 @@ of host memory is the weights themselves.
 
 from __future__ import annotations
 
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -339,61 +338,18 @@ def _opened(entries: Mapping[str, TensorEntry]) -> Iterator[Mapping[Path, int]]:
             os.close(descriptor)
 
 
-# ---------------------------------------------------------------------------------------- what a checkpoint advises
-
-
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """What `generation_config.json` advises where a request says nothing; None where it is silent as well.
-
-    `do_sample` is not among them: the temperature alone decides, as everywhere in this API.
-    """
-
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    repetition_penalty: float | None = None
-    eos_token_ids: tuple[int, ...] = ()
-
-
-def load_generation_config(path: Path) -> GenerationDefaults:
-    """The advice of the checkpoint in folder `path`. Raises `CheckpointError` for a wrong type or range."""
-    file = path / "generation_config.json"
-    if not file.exists():
-        return GenerationDefaults()
-    advice = read_json(file)
-
-    def number(name: str, low: float, high: float) -> float | None:
-        value = advice.get(name)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise CheckpointError(f"{file}: {name} is {value!r}, not a number in [{low:g}, {high:g}]", param=name)
-        return float(value)
-
-    top_k = number("top_k", 0, 2**31)
-    if top_k is not None and not top_k.is_integer():
-        raise CheckpointError(f"{file}: top_k is {top_k!r}, not a whole number", param="top_k")
-    return GenerationDefaults(
-        temperature=number("temperature", 0, 100),
-        top_k=None if top_k is None else int(top_k),
-        top_p=number("top_p", math.ulp(0), 1),
-        min_p=number("min_p", 0, 1),
-        typical_p=number("typical_p", math.ulp(0), 1),
-        repetition_penalty=number("repetition_penalty", math.ulp(0), 100),
-        eos_token_ids=_token_ids(file, advice.get("eos_token_id")),
-    )
+# ----------------------------------------------------------------------------------------------- where sequences end
 
 
 def eos_token_ids(path: Path) -> tuple[int, ...]:
     """The tokens that end a sequence: `generation_config.json`'s where it names any, otherwise `config.json`'s.
 
-    Without those beyond the vocabulary, which some checkpoints name and which can never be drawn.
+    Without those beyond the vocabulary, which some checkpoints name and which can never be drawn. Raises
+    `CheckpointError` for what is neither an id nor a list of them.
     """
     config = read_config(path)
-    ids = load_generation_config(path).eos_token_ids
+    advice = path / "generation_config.json"
+    ids = _token_ids(advice, read_json(advice).get("eos_token_id")) if advice.exists() else ()
     ids = ids or _token_ids(path / "config.json", config.get("eos_token_id"))
     return tuple(token for token in ids if token < spec_from_config(config).vocab_size)
 

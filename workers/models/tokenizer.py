@@ -9,7 +9,6 @@ the library itself over a sliding window.
 from __future__ import annotations
 
 import codecs
-import copy
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -52,8 +51,6 @@ class Tokenizer:
             raise CheckpointError(f"{file} is not a tokenizer that can be read: {error}") from error
         library.no_padding()
         library.no_truncation()
-        library.encode_special_tokens = False
-        self.path = file
         self._library = library
         ids = library.get_vocab(with_added_tokens=True).values()
         if not ids or max(ids) >= MAX_TOKEN_ID:
@@ -70,11 +67,6 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token adds to a text, wherever it stands in it; empty for an id that is no token."""
         return self._bytes[token_id] if 0 <= token_id < self.vocab_size else b""
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; the post-processor's special tokens (BOS) only with `add_special_tokens`."""
-        ids: list[int] = self._library.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence; ids that are no tokens add nothing."""
@@ -153,12 +145,6 @@ class Detokenizer:
         """The held rest, as the end of a text: incomplete characters become U+FFFD."""
         return self._stream.flush()
 
-    def clone(self) -> Detokenizer:
-        """An independent copy of this state."""
-        other = copy.copy(self)
-        other._stream = self._stream.clone()
-        return other
-
 
 class _Stream(Protocol):
     """An incremental decoder; every pushed id is in the vocabulary."""
@@ -166,8 +152,6 @@ class _Stream(Protocol):
     def push(self, token_id: int) -> str: ...
 
     def flush(self) -> str: ...
-
-    def clone(self) -> _Stream: ...
 
 
 class _ByteStream:
@@ -188,9 +172,6 @@ class _ByteStream:
     def flush(self) -> str:
         pending, self._pending = self._pending, b""
         return pending.decode("utf-8", "replace")
-
-    def clone(self) -> _ByteStream:
-        return copy.copy(self)
 
 
 class _PieceStream:
@@ -230,9 +211,6 @@ class _PieceStream:
         text = self._end_run()
         return self._lead(text) if self._strip else text
 
-    def clone(self) -> _PieceStream:
-        return copy.copy(self)
-
     def _end_run(self) -> str:
         run, self._run = self._run, b""
         try:
@@ -266,9 +244,6 @@ class _WindowStream:
 
     def flush(self) -> str:
         return self._show(self._added() or "")
-
-    def clone(self) -> _WindowStream:
-        return copy.copy(self)
 
     def _added(self) -> str | None:
         """What the held tokens add; None where they change text that was already shown."""

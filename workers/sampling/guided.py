@@ -19,7 +19,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import IO
 
@@ -71,34 +70,13 @@ class Matcher:
         else:
             row[:] = target[: len(row)]
 
-    def allowed_tokens(self) -> NDArray[np.bool_]:
-        """The next token's mask [tokenizer's vocabulary] as booleans."""
-        bits = np.zeros(self._compiled.num_mask_words, dtype=np.int32)
-        self.fill_mask(bits)
-        unpacked = np.unpackbits(bits.view(np.uint8), count=self._compiled.vocab_size, bitorder="little")
-        return unpacked.astype(np.bool_)
-
     def accept(self, token_id: int) -> bool:
         """Go on by one token; False where the grammar refuses it."""
         return bool(self._state.consume_token(token_id))
 
-    def rollback(self, num_tokens: int) -> None:
-        """Take back the last accepted tokens. Raises `EngineError` where that cannot be done (after an error)."""
-        if num_tokens and not self._state.rollback(num_tokens):
-            raise EngineError(f"the grammar's state cannot go back by {num_tokens} tokens")
-
-    def clone(self) -> Matcher:
-        """An independent copy of this state."""
-        return Matcher(self._compiled, self._state.deep_copy())
-
     def restarted(self) -> Matcher:
         """A new matcher of the same grammar, before its first token."""
         return self._compiled.matcher()
-
-    @property
-    def is_accepting(self) -> bool:
-        """Whether the text so far is complete; it may be possible to go on."""
-        return bool(self._state.is_accepting())
 
     @property
     def is_stopped(self) -> bool:
@@ -117,7 +95,6 @@ class CompiledGrammar:
     def __init__(self, state: llguidance.LLMatcher, vocab_size: int) -> None:
         self._state = state
         self._lock = threading.Lock()
-        self.vocab_size = vocab_size
         self.num_mask_words = (vocab_size + 31) // 32
 
     def matcher(self) -> Matcher:
@@ -253,8 +230,6 @@ class GrammarCompiler:
         self._vocabulary_lock = threading.Lock()
         self._quick = _Lane(NUM_QUICK, min(QUICK_S, timeout_s), MAX_QUICK)
         self._slow = _Lane(1, timeout_s, MAX_SLOW)
-        # what the longest wait can be: a start, a full quick lane, then a full slow lane
-        self._patience_s = START_S + WAIT_FACTOR * (MAX_QUICK * self._quick.limit_s + MAX_SLOW * timeout_s)
 
     def submit(self, grammar: Grammar) -> Future[CompiledGrammar]:
         """Begin to compile; the future holds the result or a `GrammarError` (or `OverloadedError`).
@@ -278,13 +253,6 @@ class GrammarCompiler:
         except ForetokenError as error:
             self._settle(grammar, future, error)
         return future
-
-    def compile(self, grammar: Grammar) -> CompiledGrammar:
-        """Compile and wait for it. Raises `GrammarError` or `OverloadedError`."""
-        try:
-            return self.submit(grammar).result(self._patience_s)
-        except FutureTimeoutError as error:
-            raise OverloadedError("the grammar waits too long to be compiled: try again later") from error
 
     def close(self) -> None:
         """End the checker processes; nothing more can be compiled."""

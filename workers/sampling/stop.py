@@ -7,7 +7,6 @@ character the longest. Text that could still become a stop string is held back.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 from cluster.protocol import Finish, Stopping
@@ -77,13 +76,6 @@ class StopChecker:
         Returns the end that they had already reached, if any.
         """
         return self.push(token_ids)[1]
-
-    def clone(self) -> StopChecker:
-        """An independent copy of this state."""
-        other = copy.copy(self)
-        other._detokenizer = self._detokenizer.clone()
-        other._matched = self._matched.copy()
-        return other
 
     def _push(self, token_id: int) -> tuple[str, Finish | None]:
         self.num_tokens += 1

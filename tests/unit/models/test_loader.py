@@ -14,7 +14,7 @@ import torch
 from cluster.errors import CheckpointError, UnsupportedModelError
 from tests.support.checkpoints import CONFIG, random_tensors, write
 from workers.models.families import spec_from_config
-from workers.models.loader import GenerationDefaults, eos_token_ids, load_generation_config, load_model
+from workers.models.loader import eos_token_ids, load_model
 from workers.models.weights import MoEWeights
 
 CPU = torch.device("cpu")
@@ -244,59 +244,31 @@ def test_the_peak_of_host_memory(tmp_path: Path, dtype: torch.dtype, num_shards:
     assert 0.95 * compute_bytes <= int(done.stdout) <= 1.15 * compute_bytes
 
 
-# ---------------------------------------------------------------------------------------- what a checkpoint advises
+# ----------------------------------------------------------------------------------------------- where sequences end
 
 
-def test_generation_defaults(checkpoint: Path) -> None:
-    assert load_generation_config(checkpoint) == GenerationDefaults()
-    (checkpoint / "generation_config.json").write_text(
-        json.dumps(
-            {
-                "do_sample": True,
-                "temperature": 0.6,
-                "top_k": 20,
-                "top_p": 0.95,
-                "min_p": None,
-                "repetition_penalty": 1,
-                "eos_token_id": [3, 4, 3],
-                "transformers_version": "5.24.0",
-            }
-        )
-    )
-    assert load_generation_config(checkpoint) == GenerationDefaults(
-        temperature=0.6, top_k=20, top_p=0.95, repetition_penalty=1.0, eos_token_ids=(3, 4)
-    )
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["</s>", [1, None], -1, True, 2.0, {"id": 2}])
+def test_a_wrong_end_is_named(checkpoint: Path, file: str, value: Any) -> None:
+    config = CONFIG if file == "config.json" else {}
+    (checkpoint / file).write_text(json.dumps({**config, "eos_token_id": value}))
+    with pytest.raises(CheckpointError, match=rf"/{file}: eos_token_id is ") as caught:
+        eos_token_ids(checkpoint)
+    assert caught.value.param == "eos_token_id"
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("temperature", "0.6"),
-        ("temperature", -0.1),
-        ("temperature", float("nan")),
-        ("temperature", True),
-        ("top_p", 0),
-        ("top_p", 1.1),
-        ("top_k", 2.5),
-        ("top_k", -1),
-        ("repetition_penalty", 0),
-        ("eos_token_id", "</s>"),
-        ("eos_token_id", [1, None]),
-        ("eos_token_id", -1),
-    ],
-)
-def test_wrong_advice_is_named(checkpoint: Path, field: str, value: Any) -> None:
-    (checkpoint / "generation_config.json").write_text(json.dumps({field: value}))
-    with pytest.raises(CheckpointError, match=rf"generation_config\.json: {field} is ") as caught:
-        load_generation_config(checkpoint)
-    assert caught.value.param == field
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
+def test_advice_that_is_no_json_object_is_named(checkpoint: Path, content: str) -> None:
+    (checkpoint / "generation_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        eos_token_ids(checkpoint)
 
 
 def test_the_tokens_that_end_a_sequence(checkpoint: Path) -> None:
     assert eos_token_ids(checkpoint) == (7,)
     (checkpoint / "generation_config.json").write_text('{"temperature": 1.0}')
     assert eos_token_ids(checkpoint) == (7,)
-    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [5, 6, 50279]}')
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [5, 6, 5, 50279]}')
     assert eos_token_ids(checkpoint) == (5, 6), "an id beyond the vocabulary can never be drawn"
     (checkpoint / "generation_config.json").unlink()
     (checkpoint / "config.json").write_text(json.dumps({**CONFIG, "eos_token_id": None}))

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.errors import DrainingError, EngineError, GrammarError, OverloadedError, UnsupportedFieldError
+from cluster.errors import DrainingError, GrammarError, OverloadedError, UnsupportedFieldError
 from cluster.protocol import Grammar
+from tests.support.grammars import allowed_tokens, compiled
 from tests.support.sampling import make_request
 from tests.support.tokenizers_ import build
 from workers.models.tokenizer import Tokenizer
@@ -72,10 +73,9 @@ def walk(matcher: Matcher, tokenizer: Tokenizer, seed: int, num_tokens: int = 60
     generator = random.Random(seed)
     ids: list[int] = []
     for _ in range(num_tokens):
-        allowed = matcher.allowed_tokens().nonzero()[0].tolist()
+        allowed = allowed_tokens(matcher, tokenizer.vocab_size).nonzero()[0].tolist()
         assert allowed, matcher.error
         token_id = generator.choice(allowed)
-        assert (token_id in EOS) <= matcher.is_accepting
         assert matcher.accept(token_id)
         if token_id in EOS:
             return tokenizer.decode(ids), True
@@ -95,10 +95,10 @@ def accept_text(matcher: Matcher, tokenizer: Tokenizer, text: str) -> bool:
 
 
 def test_json_schema_gives_compact_json_of_that_schema(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
-    compiled = compiler.compile(schema(SCHEMA))
+    grammar = compiled(compiler, schema(SCHEMA))
     complete = 0
     for seed in range(30):
-        text, done = walk(compiled.matcher(), tokenizer, seed)
+        text, done = walk(grammar.matcher(), tokenizer, seed)
         if not done:
             continue
         complete += 1
@@ -112,14 +112,14 @@ def test_json_schema_gives_compact_json_of_that_schema(compiler: GrammarCompiler
 
 def test_white_space_between_json_tokens_is_refused(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     grammar = Grammar(kind="json_object", source="")
-    assert accept_text(compiler.compile(grammar).matcher(), tokenizer, '{"a":[1,2,{"b":null}],"c d":"e f"}')
+    assert accept_text(compiled(compiler, grammar).matcher(), tokenizer, '{"a":[1,2,{"b":null}],"c d":"e f"}')
     for text in ('{ "a":1}', '{"a": 1}', '{"a":1 ,"b":2}', "[1]", " {}", '"a"'):
-        assert not accept_text(compiler.compile(grammar).matcher(), tokenizer, text)
+        assert not accept_text(compiled(compiler, grammar).matcher(), tokenizer, text)
 
 
 def test_a_schema_cannot_loosen_the_compiler(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     loose = {"type": "object", "x-guidance": {"whitespace_flexible": True, "lenient": True, "item_separator": " , "}}
-    assert not accept_text(compiler.compile(schema(loose)).matcher(), tokenizer, '{ "a":1}')
+    assert not accept_text(compiled(compiler, schema(loose)).matcher(), tokenizer, '{ "a":1}')
 
 
 @pytest.mark.parametrize(
@@ -132,74 +132,64 @@ def test_a_schema_cannot_loosen_the_compiler(compiler: GrammarCompiler, tokenize
     ids=["regex", "choice", "lark"],
 )
 def test_the_other_kinds(compiler: GrammarCompiler, tokenizer: Tokenizer, grammar: Grammar, pattern: str) -> None:
-    texts = {walk(compiler.compile(grammar).matcher(), tokenizer, seed) for seed in range(20)}
+    texts = {walk(compiled(compiler, grammar).matcher(), tokenizer, seed) for seed in range(20)}
     assert len(texts) > 2
     for text, done in texts:
         assert not done or re.fullmatch(pattern, text)
 
 
 def test_eos_is_allowed_only_where_the_text_is_complete(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
-    matcher = compiler.compile(Grammar(kind="regex", source="ab+")).matcher()
+    matcher = compiled(compiler, Grammar(kind="regex", source="ab+")).matcher()
     assert accept_text(matcher, tokenizer, "a")
-    assert not matcher.allowed_tokens()[list(EOS)].any()
-    assert not matcher.is_accepting
+    assert not allowed_tokens(matcher, tokenizer.vocab_size)[list(EOS)].any()
     assert accept_text(matcher, tokenizer, "b")
-    assert matcher.allowed_tokens()[list(EOS)].all()
-    assert matcher.is_accepting
+    assert allowed_tokens(matcher, tokenizer.vocab_size)[list(EOS)].all()
     assert not matcher.is_stopped
-    closed = compiler.compile(Grammar(kind="regex", source="ab")).matcher()
+    closed = compiled(compiler, Grammar(kind="regex", source="ab")).matcher()
     assert accept_text(closed, tokenizer, "ab")
     assert closed.is_stopped
-    assert set(closed.allowed_tokens().nonzero()[0]) == set(EOS)
+    assert set(allowed_tokens(closed, tokenizer.vocab_size).nonzero()[0]) == set(EOS)
 
 
 def test_special_tokens_are_no_text(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
-    matcher = compiler.compile(Grammar(kind="regex", source="(?s:.)*")).matcher()
-    assert not matcher.allowed_tokens()[[0, 1]].any()
+    matcher = compiled(compiler, Grammar(kind="regex", source="(?s:.)*")).matcher()
+    assert not allowed_tokens(matcher, tokenizer.vocab_size)[[0, 1]].any()
 
 
 # ----------------------------------------------------------------------------------------------------------- the state
 
 
-def test_rollback_clone_and_restart(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
-    matcher = compiler.compile(schema(SCHEMA)).matcher()
-    first = matcher.allowed_tokens()
+def test_matchers_of_one_grammar_go_their_own_ways(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    grammar = compiled(compiler, schema(SCHEMA))
+    matcher, other = grammar.matcher(), grammar.matcher()
+    first = allowed_tokens(matcher, tokenizer.vocab_size)
     assert accept_text(matcher, tokenizer, '{"name":"')
-    here = matcher.allowed_tokens()
-    clone = matcher.clone()
+    assert not np.array_equal(allowed_tokens(matcher, tokenizer.vocab_size), first)
+    for fresh in (other, matcher.restarted()):
+        assert np.array_equal(allowed_tokens(fresh, tokenizer.vocab_size), first)
+        assert accept_text(fresh, tokenizer, '{"name":"yz","size":42,"tags":[]}')
+        assert fresh.is_stopped
+    assert not matcher.is_stopped
     assert accept_text(matcher, tokenizer, 'x","size":1')
-    assert np.array_equal(clone.allowed_tokens(), here)
-    matcher.rollback(len('x","size":1'))
-    assert np.array_equal(matcher.allowed_tokens(), here)
-    matcher.rollback(0)
-    assert accept_text(clone, tokenizer, 'yz","size":42,"tags":[]}')
-    assert clone.is_stopped
-    clone.rollback(1)
-    assert not clone.is_stopped
-    assert np.array_equal(matcher.restarted().allowed_tokens(), first)
 
 
 def test_a_refused_token_is_an_error_that_stays(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
-    matcher = compiler.compile(Grammar(kind="regex", source="ab")).matcher()
+    matcher = compiled(compiler, Grammar(kind="regex", source="ab")).matcher()
     assert matcher.error == ""
     assert not accept_text(matcher, tokenizer, "x")
     assert matcher.error
     assert not matcher.is_stopped
-    assert not matcher.allowed_tokens().any()
-    with pytest.raises(EngineError):
-        matcher.rollback(1)
+    assert not allowed_tokens(matcher, tokenizer.vocab_size).any()
 
 
 @pytest.mark.parametrize("num_tokens", [100, 4096])
 def test_a_models_larger_or_smaller_vocabulary_is_masked(
     compiler: GrammarCompiler, tokenizer: Tokenizer, num_tokens: int
 ) -> None:
-    matcher = compiler.compile(Grammar(kind="regex", source="(?s:.)*")).matcher()
-    row = np.full((num_tokens + 31) // 32, -1, dtype=np.int32)
-    matcher.fill_mask(row)
-    bits = np.unpackbits(row.view(np.uint8), bitorder="little").astype(bool)
+    matcher = compiled(compiler, Grammar(kind="regex", source="(?s:.)*")).matcher()
+    bits = allowed_tokens(matcher, num_tokens)
     shared = min(num_tokens, tokenizer.vocab_size)
-    assert np.array_equal(bits[:shared], matcher.allowed_tokens()[:shared])
+    assert np.array_equal(bits[:shared], allowed_tokens(matcher, tokenizer.vocab_size)[:shared])
     assert not bits[tokenizer.vocab_size :].any()
 
 
@@ -207,9 +197,9 @@ def test_the_sampler_draws_json_from_noise(compiler: GrammarCompiler, tokenizer:
     vocab_size = tokenizer.vocab_size + 40
     sampler = Sampler(vocab_size, torch.device("cpu"), EOS)
     requests = [make_request(str(i), seed=i, temperature=[0.0, 1.0, 2.0][i % 3]) for i in range(6)]
-    compiled = compiler.compile(schema(SCHEMA))
+    grammar = compiled(compiler, schema(SCHEMA))
     for request in requests[1:]:
-        request.matcher = compiled.matcher()
+        request.matcher = grammar.matcher()
     generator = torch.Generator().manual_seed(0)
     done: dict[str, str] = {}
     for _ in range(200):
@@ -264,27 +254,30 @@ def test_the_sampler_draws_json_from_noise(compiler: GrammarCompiler, tokenizer:
         (schema(EXPLODES), "more than 0.6 s"),
     ],
 )
-def test_what_cannot_be_compiled_is_a_clear_error(strict: GrammarCompiler, grammar: Grammar, message: str) -> None:
+def test_what_cannot_be_compiled_is_a_clear_error(
+    strict: GrammarCompiler, plain: Tokenizer, grammar: Grammar, message: str
+) -> None:
     with pytest.raises(GrammarError, match=message) as caught:
-        strict.compile(grammar)
+        compiled(strict, grammar)
     assert caught.value.param == ("response_format" if grammar.kind == "json_schema" else "grammar")
     assert len(caught.value.message) < 700
-    assert strict.compile(Grammar(kind="regex", source="fine")).matcher().allowed_tokens().any()
+    fine = compiled(strict, Grammar(kind="regex", source="fine"))
+    assert allowed_tokens(fine.matcher(), plain.vocab_size).any()
 
 
 def test_a_refusal_is_remembered(strict: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(GrammarError):
-        strict.compile(schema(EXPLODES))
+        compiled(strict, schema(EXPLODES))
     monkeypatch.setattr(subprocess, "Popen", None)  # nothing more can be started
     started = time.monotonic()
     with pytest.raises(GrammarError):
-        strict.compile(schema(EXPLODES))
+        compiled(strict, schema(EXPLODES))
     assert time.monotonic() - started < 0.2
 
 
-def test_slow_grammars_do_not_hold_up_the_others(strict: GrammarCompiler) -> None:
+def test_slow_grammars_do_not_hold_up_the_others(strict: GrammarCompiler, plain: Tokenizer) -> None:
     slow = [strict.submit(schema(EXPLODES | {"multipleOf": 99_999_989 + 2 * i})) for i in range(3)]
-    assert strict.submit(schema(SCHEMA)).result(60).matcher().allowed_tokens().any()
+    assert allowed_tokens(compiled(strict, schema(SCHEMA)).matcher(), plain.vocab_size).any()
     assert any(not future.done() for future in slow)
     outcomes = {type(future.exception(60)) for future in slow}
     assert outcomes <= {GrammarError, OverloadedError}
@@ -292,7 +285,7 @@ def test_slow_grammars_do_not_hold_up_the_others(strict: GrammarCompiler) -> Non
 
 
 def test_too_many_waiting_grammars_are_refused_for_now(
-    strict: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+    strict: GrammarCompiler, plain: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
 
@@ -306,25 +299,25 @@ def test_too_many_waiting_grammars_are_refused_for_now(
     assert isinstance(futures[-1].exception(5), OverloadedError)
     gate.set()
     assert all(future.exception(30) is None for future in futures[:-1])
-    assert strict.compile(grammars[-1]).matcher().allowed_tokens().any()  # another time it may do
+    assert allowed_tokens(compiled(strict, grammars[-1]).matcher(), plain.vocab_size).any()  # another time it may do
 
 
 def test_equal_grammars_are_compiled_once(strict: GrammarCompiler) -> None:
     grammars = [schema(SCHEMA) for _ in range(8)]
-    compiled = {id(future.result(60)) for future in [strict.submit(grammar) for grammar in grammars]}
-    assert len(compiled) == 1
+    results = {id(future.result(60)) for future in [strict.submit(grammar) for grammar in grammars]}
+    assert len(results) == 1
     first = strict.submit(grammars[0])
     assert not first.cancel()  # it is everybody's
     for i in range(5):  # the cache holds four
-        strict.compile(Grammar(kind="regex", source=f"b{i}"))
-    assert strict.compile(grammars[0]) is not first.result()
+        compiled(strict, Grammar(kind="regex", source=f"b{i}"))
+    assert compiled(strict, grammars[0]) is not first.result()
 
 
 def test_a_tokenizer_without_pieces_is_a_clear_error(tmp_path: Path) -> None:
     compiler = GrammarCompiler(Tokenizer(build("wordpiece", tmp_path)), EOS)
     try:
         with pytest.raises(UnsupportedFieldError, match="structured output"):
-            compiler.compile(schema(SCHEMA))
+            compiled(compiler, schema(SCHEMA))
     finally:
         compiler.close()
 
@@ -339,7 +332,7 @@ def test_close_ends_the_processes_and_whoever_waits(plain: Tokenizer, monkeypatc
 
     monkeypatch.setattr(subprocess, "Popen", start)
     compiler = GrammarCompiler(plain, EOS, timeout_s=30)
-    compiler.compile(schema(SCHEMA))
+    compiled(compiler, schema(SCHEMA))
     waiting = [compiler.submit(schema(EXPLODES | {"multipleOf": 99_999_989 + 2 * i})) for i in range(4)]
     compiler.close()
     assert all(future.exception(30) is not None for future in waiting)
@@ -347,7 +340,7 @@ def test_close_ends_the_processes_and_whoever_waits(plain: Tokenizer, monkeypatc
     for process in started:
         process.wait(30)
     with pytest.raises(DrainingError):
-        compiler.compile(Grammar(kind="regex", source="late"))
+        compiled(compiler, Grammar(kind="regex", source="late"))
 
 
 def test_a_checker_that_was_killed_is_started_again(strict: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,7 +353,7 @@ def test_a_checker_that_was_killed_is_started_again(strict: GrammarCompiler, mon
 
     monkeypatch.setattr(subprocess, "Popen", start)
     for i in range(3):
-        strict.compile(Grammar(kind="regex", source=f"c{i}"))
+        compiled(strict, Grammar(kind="regex", source=f"c{i}"))
         for process in started:
             process.kill()
             process.wait()

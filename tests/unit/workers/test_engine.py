@@ -380,3 +380,32 @@ def test_a_snapshot_counts(decoder: Decoder, tokenizer: Tokenizer) -> None:
     assert state.sequence_steps == state.steps == 5
     assert 0 < state.forward_s < state.step_s
     assert state.pages_free == state.pages_total == 64
+
+
+def test_a_fork_at_a_page_border_waits_for_the_page_that_it_must_copy(decoder: Decoder, tokenizer: Tokenizer) -> None:
+    """A page that the prefix cache has named is copied before the fork writes into it: room for that is room needed."""
+    run = Run(decoder, tokenizer, num_pages=4)
+    run.submit("x", prompt(47), 12)
+    run.step()
+    run.step()
+    run.engine.fork("x", "y", at=48)
+    run.engine.abort("x")
+    run.submit("z", prompt(20, seed=3), 4)
+    run.finish()
+    assert run.reason("y") == run.reason("z") == "length"
+    assert [t for output in run.outputs["y"] for t in output.token_ids] == greedy(decoder, prompt(47), 12)[1:]
+
+
+def test_a_prompt_with_logprobs_is_computed_in_bounded_parts(decoder: Decoder, tokenizer: Tokenizer) -> None:
+    run = Run(decoder, tokenizer)
+    run.submit("x", prompt(200), 1, prompt_logprobs=1)
+    rows = []
+    forward = run.engine.decoder.forward
+    run.engine.decoder.forward = lambda batch, kv: rows.append(len(batch.logit_rows)) or forward(batch, kv)  # type: ignore[method-assign,func-returns-value,assignment]
+    try:
+        run.finish()
+    finally:
+        del run.engine.decoder.forward
+    assert rows == [128, 72]
+    assert run.outputs["x"][0].prompt_logprobs is not None
+    assert len(run.outputs["x"][0].prompt_logprobs) == 200

@@ -261,3 +261,29 @@ def test_what_cannot_be_is_one_clear_line(
     assert len(lines) == 1
     assert message in lines[0]
     assert "Traceback" not in errors.decode()
+
+
+def test_an_abort_while_the_grammar_compiles_is_the_requests_end(worker: Worker) -> None:
+    async def run() -> None:
+        async with connect(worker) as stream:
+            slow = Grammar(kind="json_schema", source='{"type": "integer", "multipleOf": 99999989}')
+            await stream.send(submit("x", grammar=slow))
+            await stream.send(Abort(request_id="x"))
+            assert (await stream.outputs("x"))[-1].finish.reason == "abort"  # type: ignore[union-attr]
+            await stream.send(submit("x"))  # its id is free again
+            assert (await stream.outputs("x"))[-1].finish.reason == "length"  # type: ignore[union-attr]
+
+    asyncio.run(run())
+
+
+def test_nobody_aborts_anothers_request(worker: Worker) -> None:
+    async def run() -> None:
+        async with connect(worker) as mine, connect(worker) as other:
+            await mine.send(submit("x", 200))
+            await mine.read()
+            await other.send(Abort(request_id="x"))
+            await other.send(submit("y", 2))
+            await other.outputs("y")
+            assert (await mine.outputs("x"))[-1].finish.reason == "length"  # type: ignore[union-attr]
+
+    asyncio.run(run())

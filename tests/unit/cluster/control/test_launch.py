@@ -233,7 +233,10 @@ def test_backoff_grows_to_a_bound() -> None:
 
 def test_the_launch_message_carries_the_settings() -> None:
     settings = load({"device": "cpu", "kv_cache_bytes": "1GiB", "log_format": "json", "max_model_len": 512})
-    launch = launch_message(settings, address="unix:/s", model_path=Path("/m"), served_name="n", progress=True)
+    launch = launch_message(
+        settings, address="unix:/s", model_path=Path("/m"), served_name="n", progress=True, machine=MACHINE
+    )
+    assert launch.host_memory_bytes == MACHINE.available_bytes
     assert (launch.device, launch.kv_cache_bytes, launch.log_format, launch.max_model_len) == (
         "cpu",
         2**30,
