@@ -5,8 +5,10 @@
 #   make test ARGS="-k config -x"  arguments for pytest; likewise for serve and bench
 #   make lock                      write requirements.lock again from pyproject.toml
 
+# the first whose packages requirements.lock holds; without one CHECK_PYTHON says what python3 is, and what to do
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
-	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$name"; exit; }; done; echo python3)
+	"$$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo "$$name"; exit; }; \
+	done; echo python3)
 TORCH ?= $(shell sed -n 's/^# torch==//p' requirements.lock)
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
@@ -25,8 +27,9 @@ def need(what, debian, fedora, mac):
     sys.exit("Foretoken needs %s. Install it, then try again:\n  Debian, Ubuntu:  sudo apt-get install %s\n"
              "  Fedora, RHEL:    sudo dnf install %s\n  macOS:           brew install %s" % (what, debian, fedora, mac))
 version = "python%d.%d" % sys.version_info[:2]
-if sys.version_info < (3, 11):
-    need("Python 3.11 or newer, and %s is %s" % (sys.executable, version), "python3.11 python3.11-venv", "python3.11", "python@3.12")
+if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+    fit = "python3.11" if sys.version_info < (3, 11) else "python3.13"
+    need("Python 3.11 to 3.13, and %s is %s" % (sys.executable, version), fit + " " + fit + "-venv", fit, "python@3.13")
 try:
     import ensurepip, venv
 except ImportError:
@@ -38,7 +41,7 @@ setup: $(STAMP)
 
 # torch comes first, by its exact version: nothing that follows may replace it with another, larger build.
 $(STAMP): requirements.lock pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "Foretoken needs Python 3.11 or newer. Debian, Ubuntu: sudo apt-get install python3 python3-venv; Fedora: sudo dnf install python3; macOS: brew install python@3.12"; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "Foretoken needs Python 3.11 to 3.13. Debian, Ubuntu: sudo apt-get install python3 python3-venv; Fedora: sudo dnf install python3; macOS: brew install python@3.13"; exit 1; }
 	@$(PYTHON) -c "$$CHECK_PYTHON"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install torch==$(TORCH)

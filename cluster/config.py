@@ -1,8 +1,8 @@
 """Every setting of the server, as one frozen value.
 
-A setting has one name in three places, and the first that names it wins:
+A setting has one name in four places, and the first that gives it a value wins:
 
-1. a flag, ``--max-num-seqs 32``
+1. a flag, ``--max-num-seqs 32`` (all but ``data`` have one)
 2. the environment, ``FORETOKEN_MAX_NUM_SEQS=32``
 3. the file of ``--config`` (or ``FORETOKEN_CONFIG``), YAML: ``max_num_seqs: 32``
 4. the default of its field here, which the command line shows as well
@@ -146,7 +146,7 @@ def _read_file(path: Path) -> dict[str, Any]:
             nearest = difflib.get_close_matches(str(key).replace("-", "_"), Settings.model_fields, n=1, cutoff=0.5)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             known = ", ".join(Settings.model_fields)
-            raise ConfigError(f"the config file {path} has an unknown key {key!r}{hint} Known: {known}", param=str(key))
+            raise ConfigError(f"the config file {path} has an unknown key {key!r}{hint}; known are {known}", param=str(key))
     return content
 
 

@@ -25,13 +25,13 @@ from cluster.control.launch import WorkerProcess, local_worker, socket_folder
 from cluster.control.model import Model, find_model
 from cluster.errors import ConfigError
 from cluster.gateway.client import WorkerClient
+from cluster.gateway.limits import FLUSH_S
 from cluster.gateway.settings import GatewaySettings, SamplingDefaults
 from cluster.protocol import Hello
 
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
-FLUSH_S = 1.0  # for the last replies after the drain's end
 HTTP_STOP_TIMEOUT_S = 3  # a connection that is still open then is cut
 WORKER_STOP_TIMEOUT_S = 5.0  # it has nothing left to run by then
 EXIT_AT_ONCE = 130  # as a shell shows an interrupt

@@ -128,8 +128,3 @@ def continuous_steps(lengths: Sequence[int], num_slots: int) -> int:
     for length in lengths:
         heapq.heapreplace(ends, ends[0] + length)
     return max(ends)
-
-
-def ideal_ratio(lengths: Sequence[int], num_slots: int) -> float:
-    """What continuous batching can gain over static batching if every step costs the same."""
-    return static_steps(lengths, num_slots) / continuous_steps(lengths, num_slots)

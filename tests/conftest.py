@@ -34,13 +34,6 @@ def _cuda() -> str:
     return "" if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
-def _traces() -> str:
-    from cluster.config import load
-
-    folder = load().data
-    return "" if folder.is_dir() else f"the folder of FORETOKEN_DATA ({folder}) does not exist"
-
-
 def _demo() -> str:
     model = ROOT / "workers" / "demo" / "model" / "model.safetensors"
     return "" if model.is_file() else "the demo model is not in workers/demo/model"
@@ -48,17 +41,12 @@ def _demo() -> str:
 
 MISSING: dict[str, Callable[[], str]] = {  # tool -> why it cannot be used here; "": it can
     "compiler": _program("c++", "g++", "clang++"),
-    "chromium": _program("chromium", "chromium-browser", "google-chrome"),
     "cuda": _cuda,
     "demo": _demo,
-    "helm": _program("helm"),
     "linux": lambda: "" if sys.platform == "linux" else "Linux only",
     "make": _program("make"),
-    "nvcc": _program("nvcc"),
     "openai": _package("openai"),
-    "redis": _program("redis-server"),
     "scipy": _package("scipy"),
-    "traces": _traces,
     "transformers": _package("transformers"),
 }
 CACHED = {tool: cache(check) for tool, check in MISSING.items()}

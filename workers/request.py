@@ -114,7 +114,7 @@ def check_submit(submit: Submit, *, vocab_size: int, max_model_len: int) -> None
     _within("min_p", sampling.min_p, 0.0, 1.0)
     _within("typical_p", sampling.typical_p, 0.0, 1.0, open_low=True)
     _within("top_k", sampling.top_k, 0, 2**31)
-    _within("repetition_penalty", sampling.repetition_penalty, 0.0, 100.0, open_low=True)
+    _within("repetition_penalty", sampling.repetition_penalty, 0.01, 100.0)
     _within("presence_penalty", sampling.presence_penalty, -2.0, 2.0)
     _within("frequency_penalty", sampling.frequency_penalty, -2.0, 2.0)
     for bias in sampling.logit_bias.values():

@@ -66,7 +66,7 @@ def launch_message(
         host_memory_bytes=machine.available_bytes,
         token_budget=settings.token_budget,
         page_size=settings.page_size,
-        kv_cache_bytes=settings.kv_cache_bytes,
+        kv_cache_bytes=None if settings.kv_cache_bytes is None else int(settings.kv_cache_bytes),  # not pydantic's type
         prefix_cache=settings.prefix_cache,
         static_batching=settings.static_batching,
         num_threads=settings.num_threads,

@@ -191,7 +191,9 @@ class WorkerClient:
         if self._hello is not None:
             logger.warning("lost worker %s at %s: %s", self._hello.worker_id, self.address, text)
         elif text != self.last_failure:
-            logger.info("no worker at %s yet: %s", self.address, text)
+            # Before the first connection that is what a start looks like.
+            level = logging.INFO if self.num_connections else logging.DEBUG
+            logger.log(level, "no worker at %s yet: %s", self.address, text)
         self.last_failure = text
 
     async def _connection(self) -> None:

@@ -31,7 +31,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Temperature = Annotated[Number, Field(ge=0.0, le=2.0)]
 Fraction = Annotated[Number, Field(ge=0.0, le=1.0)]
 PositiveFraction = Annotated[Number, Field(gt=0.0, le=1.0)]
-RepetitionPenalty = Annotated[Number, Field(gt=0.0, le=100.0)]
+RepetitionPenalty = Annotated[Number, Field(ge=0.01, le=100.0)]
 Penalty = Annotated[Number, Field(ge=-2.0, le=2.0)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -175,6 +175,10 @@ class GenerationRequest(RequestModel):
         limit = self.token_limit
         if limit is not None and self.min_tokens > limit:
             raise invalid(f"must be at most max_tokens ({limit}), got {self.min_tokens}", field="min_tokens")
+        if self.response_format is not None and self.response_format.type != "text":
+            for field, given in (("min_tokens", self.min_tokens > 0), ("ignore_eos", self.ignore_eos)):
+                if given:
+                    raise invalid("cannot be kept beside response_format: a complete answer ends", field=field)
         return self
 
     @property

@@ -21,7 +21,7 @@ from cluster.gateway.client import WorkerClient
 from cluster.gateway.disconnect import ClientDisconnected, until_disconnect
 from cluster.gateway.fields import validate
 from cluster.gateway.generation import Generation
-from cluster.gateway.limits import Admission, parse_object, read_body
+from cluster.gateway.limits import FLUSH_S, Admission, parse_object, read_body
 from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from cluster.gateway.replies import JSONBytes, complete_body
 from cluster.gateway.settings import GatewaySettings
@@ -33,7 +33,7 @@ from cluster.metrics import EngineCollector, GatewayMetrics, GenerationTimer
 INLINE_BYTES = 256 * 1024  # a larger body is parsed off the event loop
 INLINE_CHARS = 4096  # a longer text is tokenised off the event loop
 CLIENT_CLOSED_REQUEST = 499  # as nginx logs it; nobody reads it
-FLUSH_S = 1.0  # for replies to be written after the drain's end
+TEMPLATE_SLACK_S = 1.0  # for a thread to be free; the template's own bound comes first, mostly
 
 Result = TypeVar("Result")
 
@@ -75,8 +75,8 @@ class Gateway:
         arrival = time.perf_counter()
         try:
             with ExitStack() as held:
-                held.enter_context(self.admission.slot())
-                checked = await self._read(request, model)
+                hold = held.enter_context(self.admission.slot())
+                checked = await self._read(request, model, hold)
                 work = self._generate(checked, held, arrival)
                 started = await until_disconnect(request.receive, work)
                 if isinstance(started, Response):
@@ -86,12 +86,15 @@ class Gateway:
         except (ClientDisconnected, ClientDisconnect):
             return Response(status_code=CLIENT_CLOSED_REQUEST)
 
-    async def _read(self, request: Request, model: type[GenerationRequest]) -> GenerationRequest:
+    async def _read(
+        self, request: Request, model: type[GenerationRequest], hold: Callable[[int], None]
+    ) -> GenerationRequest:
         body = await read_body(
             request.stream(),
             length=request.headers.get("content-length"),
             max_bytes=self.settings.max_body_bytes,
             timeout_s=self.settings.body_timeout_s,
+            hold=hold,
         )
         check = partial(_check, body, model)
         checked = check() if len(body) <= INLINE_BYTES else await self._in_thread(check)
@@ -134,7 +137,7 @@ class Gateway:
     async def _encode(self, request: GenerationRequest) -> Texts:
         chat_text = None
         if isinstance(request, ChatCompletionRequest):
-            limit_s = self.settings.template_timeout_s + FLUSH_S  # the template's own bound comes first, mostly
+            limit_s = self.settings.template_timeout_s + TEMPLATE_SLACK_S
             try:
                 async with asyncio.timeout(limit_s):
                     chat_text = await self._in_thread(partial(render_chat, request, self.template))

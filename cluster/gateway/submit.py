@@ -127,9 +127,10 @@ def make_submits(
     _check_ids("logit_bias", tuple(bias), hello.vocab_size)
     defaults = settings.sampling_defaults
     grammar = _grammar(request.response_format)
-    seed = secrets.randbits(63) if request.seed is None else request.seed % 2**63
     submits = []
     for index, prompt in enumerate(texts.prompts):
+        # Equal prompts in one request are samples of their own, unless the caller fixed the seed.
+        seed = secrets.randbits(63) if request.seed is None else request.seed % 2**63
         _check_ids("prompt", prompt.ids, hello.vocab_size)
         stopping = Stopping(
             max_tokens=_max_tokens(request, len(prompt.ids), hello.max_model_len),

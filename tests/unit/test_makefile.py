@@ -1,10 +1,11 @@
-"""What `make setup` would do, by `make --dry-run`: nothing is installed."""
+"""What `make setup` would do, by `make --dry-run`, and where it stops: nothing is installed."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,39 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _make(folder: Path, *arguments: str) -> list[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    done = subprocess.run(
-        ["make", "--dry-run", *arguments], cwd=folder, env=clean, capture_output=True, text=True, timeout=60, check=True
+def _run(folder: Path, *arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "PYTHON"))}
+    make = shutil.which("make")
+    assert make is not None
+    return subprocess.run(
+        [make, *arguments],
+        cwd=folder,
+        env=clean | ({} if path is None else {"PATH": path}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
+
+
+def _make(folder: Path, *arguments: str, path: str | None = None) -> list[str]:
+    done = _run(folder, "--dry-run", *arguments, path=path)
+    assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def _pythons(folder: Path, **versions: str) -> str:
+    """A PATH with programs of these names, each a Python that says it is of that version; and with no others."""
+    folder.mkdir()
+    for name, version in versions.items():
+        claim = f"import sys; sys.version_info = ({version.replace('.', ', ')}, 0); exec(sys.argv[1])"
+        program = folder / name.replace("_", ".")
+        program.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{claim}' \"$2\"\n")
+        program.chmod(0o755)
+    sed = shutil.which("sed")
+    assert sed is not None
+    (folder / "sed").symlink_to(sed)
+    return str(folder)
 
 
 def _installs(lines: list[str]) -> list[str]:
@@ -76,3 +104,38 @@ def test_each_command_begins_with_setup(checkout: Path, target: str, last: str) 
     lines = _make(checkout, target)
     assert len(_installs(lines)) == 3
     assert lines[-1].strip() == last
+
+
+@pytest.mark.parametrize(
+    ("versions", "taken"),
+    [
+        ({"python3": "3.12", "python3_13": "3.13"}, "python3"),
+        ({"python3": "3.14", "python3_12": "3.12", "python3_11": "3.11"}, "python3.12"),
+        ({"python3": "3.9", "python3_11": "3.11"}, "python3.11"),
+        ({"python3_13": "3.13"}, "python3.13"),
+    ],
+)
+def test_a_python_that_the_lock_covers_is_taken(
+    checkout: Path, tmp_path: Path, versions: dict[str, str], taken: str
+) -> None:
+    lines = _make(checkout, "setup", path=_pythons(tmp_path / "bin", **versions))
+    assert f"{taken} -m venv .venv" in lines
+
+
+@pytest.mark.parametrize("version", ["3.9", "3.10", "3.14", "4.0"])
+@pytest.mark.parametrize("chosen", [[], ["PYTHON=python3"]])
+def test_without_one_it_is_said_what_to_install(
+    checkout: Path, tmp_path: Path, version: str, chosen: list[str]
+) -> None:
+    done = _run(checkout, "setup", *chosen, path=_pythons(tmp_path / "bin", python3=version))
+    assert done.returncode != 0
+    assert "Foretoken needs Python 3.11 to 3.13, and " in done.stderr
+    assert f" is python{version}. Install it" in done.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_without_any_python_it_is_said_too(checkout: Path, tmp_path: Path) -> None:
+    done = _run(checkout, "setup", path=_pythons(tmp_path / "bin"))
+    assert done.returncode != 0
+    assert "Foretoken needs Python 3.11 to 3.13." in done.stdout + done.stderr
+    assert not (checkout / ".venv").exists()

@@ -33,23 +33,23 @@ def _pytest(folder: Path, tool: str, require: str) -> subprocess.CompletedProces
 
 
 def test_a_missing_tool_skips_with_its_reason(tmp_path: Path) -> None:
-    done = _pytest(tmp_path, "helm", require="")
+    done = _pytest(tmp_path, "make", require="")
     assert done.returncode == 0
-    assert "no helm on the PATH" in done.stdout
+    assert "no make on the PATH" in done.stdout
     assert "1 skipped" in done.stdout
 
 
 def test_a_missing_tool_that_was_promised_fails(tmp_path: Path) -> None:
-    done = _pytest(tmp_path, "helm", require="linux, helm")
+    done = _pytest(tmp_path, "make", require="linux, make")
     assert done.returncode == 1
-    assert "FORETOKEN_REQUIRE promises helm, but no helm on the PATH" in done.stdout
+    assert "FORETOKEN_REQUIRE promises make, but no make on the PATH" in done.stdout
 
 
 def test_a_tool_that_is_there_runs_the_test(tmp_path: Path) -> None:
     assert "1 passed" in _pytest(tmp_path, "scipy", require="scipy").stdout
 
 
-@pytest.mark.parametrize(("tool", "require"), [("hlem", ""), ("helm", "hlem")])
+@pytest.mark.parametrize(("tool", "require"), [("meak", ""), ("make", "meak")])
 def test_an_unknown_tool_is_refused_where_it_is_named(tmp_path: Path, tool: str, require: str) -> None:
     done = _pytest(tmp_path, tool, require)
     assert done.returncode != 0

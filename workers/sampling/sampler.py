@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cluster.errors import EngineError
+from cluster.errors import EngineError, ForetokenError, GrammarError, InvalidValueError
 from workers.kernels.native import HostKernels
 from workers.request import Request
 from workers.sampling import filters, logprobs
@@ -31,15 +31,17 @@ from workers.sampling.penalties import TokenCounts
 from workers.step import SampledRow
 
 
-def failure(request: Request, row: SampledRow) -> EngineError | None:
+def failure(request: Request, row: SampledRow) -> ForetokenError | None:
     """Why `row` is no token (its id is negative), as the error that ends `request`; None where it is one."""
     if row.token_id >= 0:
         return None
     if row.token_id == NOT_FINITE:
         return EngineError("the model's logits are not finite (NaN or infinity) for this sequence")
     if request.matcher is not None and request.matcher.error:
-        return EngineError(f"the grammar cannot be followed further: {request.matcher.error}")
-    return EngineError("no token is allowed next: grammar, bad_words, logit_bias and min_tokens exclude each other")
+        return GrammarError(f"the grammar cannot be followed further: {request.matcher.error}")
+    return InvalidValueError(
+        "no token is allowed next: response_format, bad_words, logit_bias and min_tokens exclude each other"
+    )
 
 
 @dataclass(frozen=True, slots=True)

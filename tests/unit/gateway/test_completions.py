@@ -208,20 +208,17 @@ async def test_seeds(served: Served, worker: ScriptedWorker) -> None:
 
 
 async def test_defaults_of_the_checkpoint(serve: Serve, worker: ScriptedWorker) -> None:
-    defaults = SamplingDefaults(temperature=0.6, top_p=0.9, top_k=20, min_p=0.05, repetition_penalty=1.1)
-    served = await serve(sampling_defaults=defaults)
+    advice = {
+        "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "typical_p": 0.8, "repetition_penalty": 1.1
+    }  # fmt: skip
+    asked = {"temperature": 0, "top_p": 1, "top_k": -1, "min_p": 0, "typical_p": 1, "repetition_penalty": 1}
+    served = await serve(sampling_defaults=SamplingDefaults(**advice))
     await served.ready()
     await served.complete(max_tokens=1)
-    await served.complete(max_tokens=1, temperature=0, top_p=1, top_k=-1, min_p=0, repetition_penalty=1)
-    first, second = (submit.sampling for submit in worker.submits)
-    assert (first.temperature, first.top_p, first.top_k, first.min_p, first.repetition_penalty) == (
-        0.6,
-        0.9,
-        20,
-        0.05,
-        1.1,
-    )
-    assert (second.temperature, second.top_p, second.top_k, second.min_p, second.repetition_penalty) == (0, 1, 0, 0, 1)
+    await served.complete(max_tokens=1, **asked)
+    first, second = ({name: getattr(submit.sampling, name) for name in advice} for submit in worker.submits)
+    assert first == advice
+    assert second == asked | {"top_k": 0}
 
 
 async def test_text_parts_are_lines(served: Served, worker: ScriptedWorker) -> None:
@@ -239,3 +236,20 @@ async def test_a_long_prompt_is_counted_and_refused_like_any_other(served: Serve
     response = await served.complete(prompt="x" * 1_000_000)
     assert response.json()["error"]["code"] == "context_length_exceeded"
     assert "1000001" in response.json()["error"]["message"]
+
+
+async def test_equal_prompts_are_samples_of_their_own_unless_the_seed_is_given(
+    served: Served, worker: ScriptedWorker
+) -> None:
+    submits: list[Submit] = []
+
+    def outputs(submit: Submit) -> list[RequestOutput]:
+        submits.append(submit)
+        return [RequestOutput(request_id=submit.request_id, index=0, text="x", finish=Finish(reason="stop"))]
+
+    worker.raw = outputs
+    await served.complete(prompt=["same", "same"], n=2)
+    assert len({(submit.sampling.seed, submit.sampling.choice) for submit in submits}) == 4
+    submits.clear()
+    await served.complete(prompt=["same", "same"], seed=7)
+    assert {submit.sampling.seed for submit in submits} == {7}

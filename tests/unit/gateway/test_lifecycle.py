@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from cluster.gateway import limits
 from cluster.gateway.client import WorkerClient
 from cluster.protocol import Finish, RequestOutput, Submit
 from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker, hello
@@ -281,6 +282,39 @@ async def test_too_many_open_requests(serve: Serve, worker: ScriptedWorker) -> N
     worker.gate.set()
     assert (await first).status_code == 200
     assert (await served.complete()).status_code == 200
+
+
+async def test_the_bodies_of_open_requests_have_a_bound(
+    served: Served, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_HELD_BYTES", 700)
+    worker.gate.clear()
+    first = asyncio.create_task(served.complete(prompt="x" * 400, max_tokens=1))
+    await worker.wait_for_submits()
+    for _ in range(2):  # what was refused holds nothing
+        response = await served.complete(prompt="x" * 400, max_tokens=1)
+        assert (response.status_code, response.json()["error"]["code"]) == (429, "overloaded")
+        assert response.headers["retry-after"] == "1"
+    small = asyncio.create_task(served.complete(prompt="x" * 100, max_tokens=1, stream=True))
+    await worker.wait_for_submits(2)
+    worker.gate.set()
+    assert [(await task).status_code for task in (first, small)] == [200, 200]
+    assert (await served.complete(prompt="x" * 400, max_tokens=1)).status_code == 200
+    await idle(served)
+    assert served.app.state.gateway.admission.held_bytes == 0
+
+
+async def test_a_body_that_is_still_coming_counts(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_HELD_BYTES", 1000)
+    _, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 900\r\n\r\n" + b" " * 700)
+    async with asyncio.timeout(DEADLINE_S):
+        while served.app.state.gateway.admission.held_bytes < 700:
+            await asyncio.sleep(0.001)
+    assert (await served.complete(prompt="x" * 400)).status_code == 429
+    writer.close()
+    await idle(served)
+    assert (await served.complete(prompt="x" * 400, max_tokens=1)).status_code == 200
 
 
 async def test_draining_finishes_what_runs(served: Served, worker: ScriptedWorker) -> None:

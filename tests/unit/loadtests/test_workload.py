@@ -20,7 +20,6 @@ from loadtests.workload import (
     arrivals_of,
     check_arrivals,
     continuous_steps,
-    ideal_ratio,
     mixed_lengths,
     random_prompts,
     static_steps,
@@ -117,15 +116,14 @@ def test_mixed_lengths_are_skewed_to_the_short() -> None:
     assert statistics.fmean(lengths) > 1.3 * statistics.median(lengths)
 
 
-def test_ideal_ratio_by_hand() -> None:
+def test_steps_by_hand() -> None:
     lengths = [4, 1, 1, 4, 2, 2]
     # Static, two at a time: max(4, 1) + max(1, 4) + max(2, 2) = 10 steps.
     assert static_steps(lengths, 2) == 10
     # Continuous: slot A 4 (0-4), slot B 1 (0-1), 1 (1-2), 4 (2-6), then A 2 (4-6), then either 2 (6-8).
     assert continuous_steps(lengths, 2) == 8
-    assert ideal_ratio(lengths, 2) == 1.25
 
 
 def test_equal_lengths_leave_nothing_to_gain() -> None:
-    assert ideal_ratio([5] * 12, 4) == 1.0
+    assert static_steps([5] * 12, 4) == continuous_steps([5] * 12, 4) == 15
     assert continuous_steps([7, 3], 4) == 7  # slots that nobody takes

@@ -285,6 +285,7 @@ def test_two_different_rope_settings_are_refused() -> None:
         ("tie_word_embeddings", "false"),
         ("norm_topk_prob", 1),
         ("mlp_only_layers", [0, "1"]),
+        ("mlp_only_layers", [0, 999]),
         ("layer_types", ["full_attention"]),
         ("hidden_act", 3),
     ],

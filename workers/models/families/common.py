@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.errors import CheckpointError
 from workers.models.families.fields import MAX_POSITIONS, ConfigReader
 from workers.models.families.names import MoENames
 from workers.models.families.rope import context_length, read_rope
@@ -53,6 +54,11 @@ def sparse_mlps(config: ConfigReader) -> list[Mlp]:
     """Which layers are routed: each `decoder_sparse_step`-th, but for `mlp_only_layers`."""
     step = config.integer("decoder_sparse_step", default=1)
     dense = set(config.integers("mlp_only_layers"))
+    if outside := sorted(i for i in dense if not 0 <= i < num_layers(config)):
+        raise CheckpointError(
+            f"config.json: mlp_only_layers names layer {outside[0]}, the model has {num_layers(config)}",
+            param="mlp_only_layers",
+        )
     return ["moe" if i not in dense and (i + 1) % step == 0 else "dense" for i in range(num_layers(config))]
 
 

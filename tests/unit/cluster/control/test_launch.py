@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cluster.config import load
@@ -236,6 +237,7 @@ def test_the_launch_message_carries_the_settings() -> None:
     launch = launch_message(
         settings, address="unix:/s", model_path=Path("/m"), served_name="n", progress=True, machine=MACHINE
     )
+    assert msgspec.json.decode(msgspec.json.encode(launch), type=Launch) == launch
     assert launch.host_memory_bytes == MACHINE.available_bytes
     assert (launch.device, launch.kv_cache_bytes, launch.log_format, launch.max_model_len) == (
         "cpu",
