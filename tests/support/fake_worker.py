@@ -36,6 +36,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN if behaviour == "stubborn" else lambda *_: os._exit(0))
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(launch["address"].removeprefix("unix:"))
+    print("ready", file=sys.stderr, flush=True)  # before anybody can connect, and end us
+    print("on stdout", flush=True)
     listener.listen()
 
     def end_with_parent() -> None:
@@ -43,11 +45,11 @@ def main() -> None:
         os._exit(0)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    print("ready", file=sys.stderr, flush=True)
-    print("on stdout", flush=True)
     while True:
         connection, _ = listener.accept()
         connection.close()
+        if behaviour == "grumbles" and (folder / "served").exists():
+            print("error: a step failed\nTraceback of it", file=sys.stderr, flush=True)
 
 
 main()

@@ -95,7 +95,7 @@ def test_with_servers_of_its_own_and_llama_cpp_all_else_is_measured(
             yield Server(server.url, "fake", 1.5)
 
     @contextlib.contextmanager
-    def engine(bench: Bench, numerics: str) -> Iterator[ScriptedEngine]:
+    def engine(bench: Bench, numerics: str, kernels: str | None) -> Iterator[ScriptedEngine]:
         yield ScriptedEngine(3.0 if numerics == "invariant" else 2.0)
 
     monkeypatch.setattr(runs, "own_server", own_server)

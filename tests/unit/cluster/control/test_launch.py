@@ -97,6 +97,21 @@ def test_a_workers_last_word_becomes_the_error_and_is_not_shown_twice(folder: Pa
     _run(body)
 
 
+def test_once_it_serves_a_line_of_an_error_hides_nothing_behind_it(folder: Path) -> None:
+    async def body() -> None:
+        output = io.BytesIO()
+        worker = _worker(folder, "grumbles", output)
+        await worker.start()
+        (folder / "served").touch()
+        _, writer = await asyncio.open_unix_connection(worker.launch.address.removeprefix("unix:"))
+        writer.close()
+        await _until(lambda: b"Traceback of it\n" in output.getvalue())
+        assert b"error: a step failed\n" in output.getvalue()
+        await worker.stop(DEADLINE_S)
+
+    _run(body)
+
+
 def test_a_program_that_cannot_be_run_at_all_is_an_error(folder: Path) -> None:
     async def body() -> None:
         worker = WorkerProcess(
