@@ -14,9 +14,12 @@
     │   ├── OverloadedError             429     overloaded               the queue is full (Retry-After)
     │   ├── DrainingError               503     draining                 the server is shutting down
     │   ├── WorkerLostError             503     worker_lost              the process that ran the request died
+    │   ├── PeerLostError               503     peer_lost                another worker does not answer a worker
+    │   ├── StoreUnavailableError       503     store_unavailable        the store cannot be reached, or is too slow
     │   └── DeadlineError               504     deadline_exceeded        the request's deadline passed
     ├── EngineError                     500     engine_error             a fault of ours inside a step
     ├── ConfigError                     500     invalid_config           a setting is unknown or out of range
+    ├── PlacementError                  500     placement_impossible     the model does not fit on the nodes that are there
     └── CheckpointError                 500     invalid_checkpoint       a checkpoint cannot be served
         └── UnsupportedModelError       500     unsupported_model        the checkpoint asks for what is not built
 
@@ -86,6 +89,14 @@ class WorkerLostError(UnavailableError):
     code = "worker_lost"
 
 
+class PeerLostError(UnavailableError):
+    code = "peer_lost"
+
+
+class StoreUnavailableError(UnavailableError):
+    code = "store_unavailable"
+
+
 class DeadlineError(UnavailableError):
     status, code = 504, "deadline_exceeded"
 
@@ -96,6 +107,10 @@ class EngineError(ForetokenError):
 
 class ConfigError(ForetokenError):
     code = "invalid_config"
+
+
+class PlacementError(ForetokenError):
+    code = "placement_impossible"
 
 
 class CheckpointError(ForetokenError):

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#define FORETOKEN_ABI_VERSION 3
+#define FORETOKEN_ABI_VERSION 4
 
 extern "C" {
 
@@ -34,6 +34,9 @@ void foretoken_moe_route(const float* logits, int64_t* topk_ids, float* topk_wei
 void foretoken_moe_experts(const float* hidden, const int64_t* topk_ids, const float* topk_weights,
                            const float* gate_up, const float* down, float* out, int64_t num_tokens, int64_t top_k,
                            int64_t num_experts, int64_t hidden_size, int64_t intermediate, int64_t num_threads);
+
+void foretoken_moe_combine(const float* by_choice, const float* topk_weights, float* out, int64_t num_tokens,
+                           int64_t top_k, int64_t hidden_size, int64_t num_threads);
 
 void foretoken_swiglu(const float* gate_up, float* y, int64_t num_rows, int64_t size, int64_t num_threads);
 

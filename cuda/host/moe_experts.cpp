@@ -39,6 +39,27 @@ void foretoken_swiglu(const float* gate_up, float* y, int64_t num_rows, int64_t 
 
 namespace {
 
+// A token's expert outputs, rows[place[t * top_k + j]], weighted and added in the order of its top-k.
+void combine(const float* const* rows, const int64_t* place, const float* topk_weights, float* out, int64_t num_tokens,
+             int64_t top_k, int64_t hidden_size, int threads) {
+  parallel_ranges(num_tokens, 16, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      float* y = out + t * hidden_size;
+      std::memset(y, 0, hidden_size * sizeof(float));
+      for (int64_t j = 0; j < top_k; ++j) {
+        const float weight = topk_weights[t * top_k + j];
+        const float* row = rows[place[t * top_k + j]];
+        int64_t n = 0;
+        for (; n + kLanes <= hidden_size; n += kLanes) store(y + n, load(y + n) + splat(weight) * load(row + n));
+        if (n < hidden_size) {
+          const int64_t rest = hidden_size - n;
+          store_some(y + n, load_some(y + n, rest) + splat(weight) * load_some(row + n, rest), rest);
+        }
+      }
+    }
+  });
+}
+
 // Tokens of a call are taken in runs of about this many (token, choice) rows, which bounds the memory between products.
 constexpr int64_t kRunRows = 4096;
 
@@ -113,24 +134,7 @@ void moe_run(const float* hidden, const int64_t* topk_ids, const float* topk_wei
                 hidden_size, intermediate, result_rows.data() + expert.first, begin, end, buffer);
   });
 
-  // Outputs of a token are added in the order of its top-k.
-  const int64_t chunk = 16;
-  parallel_for((num_tokens + chunk - 1) / chunk, threads, [&](int64_t task) {
-    for (int64_t t = task * chunk; t < std::min(num_tokens, (task + 1) * chunk); ++t) {
-      float* y = out + t * hidden_size;
-      std::memset(y, 0, hidden_size * sizeof(float));
-      for (int64_t j = 0; j < top_k; ++j) {
-        const float weight = topk_weights[t * top_k + j];
-        const float* row = result_rows[place[t * top_k + j]];
-        int64_t n = 0;
-        for (; n + kLanes <= hidden_size; n += kLanes) store(y + n, load(y + n) + splat(weight) * load(row + n));
-        if (n < hidden_size) {
-          const int64_t rest = hidden_size - n;
-          store_some(y + n, load_some(y + n, rest) + splat(weight) * load_some(row + n, rest), rest);
-        }
-      }
-    }
-  });
+  combine(result_rows.data(), place.data(), topk_weights, out, num_tokens, top_k, hidden_size, threads);
 }
 
 }  // namespace
@@ -143,6 +147,17 @@ void foretoken_moe_experts(const float* hidden, const int64_t* topk_ids, const f
     moe_run(hidden + t * hidden_size, topk_ids + t * top_k, topk_weights + t * top_k, gate_up, down,
             out + t * hidden_size, std::min(run, num_tokens - t), top_k, num_experts, hidden_size, intermediate,
             num_threads);
+}
+
+void foretoken_moe_combine(const float* by_choice, const float* topk_weights, float* out, int64_t num_tokens,
+                           int64_t top_k, int64_t hidden_size, int64_t num_threads) {
+  std::vector<const float*> rows(num_tokens * top_k);
+  std::vector<int64_t> place(num_tokens * top_k);
+  for (int64_t i = 0; i < num_tokens * top_k; ++i) {
+    rows[i] = by_choice + i * hidden_size;
+    place[i] = i;
+  }
+  combine(rows.data(), place.data(), topk_weights, out, num_tokens, top_k, hidden_size, static_cast<int>(num_threads));
 }
 
 void foretoken_moe_route(const float* logits, int64_t* topk_ids, float* topk_weights, int64_t num_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from workers.kernels.moe_combine import moe_combine
 from workers.kernels.swiglu import swiglu
 from workers.numerics import Numerics
 
@@ -61,7 +62,7 @@ def moe_experts(
         sorted_hidden[rows] = hidden.repeat_interleave(top_k, dim=0)
         outputs = _in_blocks(sorted_hidden, ends, gate_up, down, numerics)
     by_choice = outputs.index_select(0, rows).view(num_tokens, top_k, -1)
-    return combine(by_choice, topk_weights)
+    return moe_combine(by_choice, topk_weights, numerics)
 
 
 def _in_blocks(
@@ -78,12 +79,3 @@ def _in_blocks(
             outputs[at : at + rows] = F.linear(inner, down[expert])
         start = end
     return outputs
-
-
-def combine(by_choice: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-    """by_choice [T, k, H], topk_weights [T, k] -> their weighted sum [T, H], added in top-k order."""
-    weights = topk_weights.to(by_choice.dtype)
-    total = by_choice[:, 0] * weights[:, :1]
-    for choice in range(1, by_choice.shape[1]):
-        total += by_choice[:, choice] * weights[:, choice : choice + 1]
-    return total

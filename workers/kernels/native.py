@@ -9,7 +9,7 @@ import torch
 
 from cluster.errors import ConfigError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -21,6 +21,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "paged_attention": (*[_POINTER] * 4, _INT, _POINTER, _INT, _DOUBLE, _POINTER, *[_INT] * 5),
     "moe_route": (*[_POINTER] * 3, *[_INT] * 5),
     "moe_experts": (*[_POINTER] * 6, *[_INT] * 6),
+    "moe_combine": (*[_POINTER] * 3, *[_INT] * 4),
     "gumbel_argmax": (*[_POINTER] * 6, *[_INT] * 3),
     "swiglu": (*[_POINTER] * 2, *[_INT] * 3),
 }  # fmt: skip
@@ -144,6 +145,16 @@ class HostKernels:
         self._functions["moe_experts"](
             hidden.data_ptr(), topk_ids.data_ptr(), topk_weights.data_ptr(), gate_up.data_ptr(), down.data_ptr(),
             out.data_ptr(), num_tokens, top_k, num_experts, hidden_size, intermediate, self.num_threads,
+        )  # fmt: skip
+        return out
+
+    def moe_combine(self, by_choice: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """See `workers.kernels.moe_combine`."""
+        num_tokens, top_k, hidden_size = by_choice.shape
+        out = torch.empty(num_tokens, hidden_size)
+        self._functions["moe_combine"](
+            by_choice.data_ptr(), topk_weights.data_ptr(), out.data_ptr(), num_tokens, top_k, hidden_size,
+            self.num_threads,
         )  # fmt: skip
         return out
 
