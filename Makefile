@@ -3,6 +3,7 @@
 #   make setup                     .venv in this folder, from requirements.lock; needs no root
 #   make setup TORCH=2.13.0+cpu    another build or version of torch (pip's own index settings say where from)
 #   make test ARGS="-k config -x"  arguments for pytest; likewise for serve and bench
+#   make measurements              docs/measurements/README.md again from the JSON files there
 #   make lock                      write requirements.lock again from pyproject.toml
 
 # the first whose packages requirements.lock holds; without one CHECK_PYTHON says what python3 is, and what to do
@@ -15,7 +16,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 STAMP := $(VENV)/.installed-torch-$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format bench lock clean
+.PHONY: help setup serve test lint format bench measurements lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -60,6 +61,9 @@ test: setup
 
 bench: setup
 	$(VENV)/bin/foretoken bench serve $(ARGS)
+
+measurements: setup
+	$(VENV)/bin/python -m loadtests.pages docs/measurements
 
 lint: setup
 	$(VENV)/bin/ruff format --check .

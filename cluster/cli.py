@@ -172,6 +172,7 @@ def main() -> None:
     """The entry point; a fault that the user can mend is one line on standard error and exit code 1."""
     # A worker is started again while gRPC's threads run: it is a new program at once, and needs none of their state.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own lines on standard error would stand among ours
     try:
         app()
     except ForetokenError as error:

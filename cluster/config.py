@@ -146,7 +146,9 @@ def _read_file(path: Path) -> dict[str, Any]:
             nearest = difflib.get_close_matches(str(key).replace("-", "_"), Settings.model_fields, n=1, cutoff=0.5)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             known = ", ".join(Settings.model_fields)
-            raise ConfigError(f"the config file {path} has an unknown key {key!r}{hint}; known are {known}", param=str(key))
+            raise ConfigError(
+                f"the config file {path} has an unknown key {key!r}{hint}; known are {known}", param=str(key)
+            )
     return content
 
 

@@ -19,7 +19,7 @@
     │   └── DeadlineError               504     deadline_exceeded        the request's deadline passed
     ├── EngineError                     500     engine_error             a fault of ours inside a step
     ├── ConfigError                     500     invalid_config           a setting is unknown or out of range
-    ├── PlacementError                  500     placement_impossible     the model does not fit on the nodes that are there
+    ├── PlacementError                  500     placement_impossible     the model does not fit on the nodes there are
     └── CheckpointError                 500     invalid_checkpoint       a checkpoint cannot be served
         └── UnsupportedModelError       500     unsupported_model        the checkpoint asks for what is not built
 

@@ -125,20 +125,11 @@ async def _serve_http(
 ) -> None:
     """The gateway, until `stop` or until there can be no worker (which is raised)."""
     from cluster.gateway.app import create_app
+    from cluster.gateway.connection import server_config
 
     app = create_app(gateway_settings(settings, model), client)
     gateway = app.state.gateway
-    server = _Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="on",
-            server_header=False,
-            backlog=BACKLOG,
-            timeout_graceful_shutdown=HTTP_STOP_TIMEOUT_S,
-        )
-    )
+    server = _Server(server_config(app, stop_timeout_s=HTTP_STOP_TIMEOUT_S, backlog=BACKLOG))
     http = asyncio.create_task(server.serve(sockets=[listener]))
     stopped = asyncio.create_task(stop.wait())
     try:

@@ -43,9 +43,13 @@ MISSING: dict[str, Callable[[], str]] = {  # tool -> why it cannot be used here;
     "compiler": _program("c++", "g++", "clang++"),
     "cuda": _cuda,
     "demo": _demo,
+    "helm": _program("helm"),
+    "kubernetes_validate": _package("kubernetes_validate"),
     "linux": lambda: "" if sys.platform == "linux" else "Linux only",
     "make": _program("make"),
     "openai": _package("openai"),
+    "packages": lambda: "" if "packages" in _required() else "it downloads 0.2 GB: promise packages to run it",
+    "redis": _program("redis-server"),
     "scipy": _package("scipy"),
     "transformers": _package("transformers"),
 }

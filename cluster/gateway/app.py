@@ -63,7 +63,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """The router's own refusals: no such path, or not with this method."""
     assert isinstance(error, HTTPException)
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    message = f"{error.detail}: {request.method} {request.url.path}"
+    message = f"{error.detail}: {request.method:.20} {request.url.path:.200}"
     body = openai_error(message, kind="invalid_request_error", code=code)
     return JSONBytes(body, status=error.status_code, headers=error.headers)
 

@@ -53,7 +53,7 @@ class RequestContext:
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self._metrics.answered(method, _route(scope), status)
             logger.info(
-                "%s %r %d in %.1f ms, request %s",
+                "%s %.200r %d in %.1f ms, request %s",
                 method,
                 scope["path"],
                 status,

@@ -6,10 +6,8 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 from starlette.requests import ClientDisconnect, Request
@@ -23,19 +21,26 @@ from cluster.gateway.fields import validate
 from cluster.gateway.generation import Generation
 from cluster.gateway.limits import FLUSH_S, Admission, parse_object, read_body
 from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest, GenerationRequest
-from cluster.gateway.replies import JSONBytes, complete_body
+from cluster.gateway.replies import JSONBytes, complete_body, error_response
 from cluster.gateway.settings import GatewaySettings
 from cluster.gateway.stream import Batch, ChatEvents, CompletionEvents, Events, EventStream
-from cluster.gateway.submit import Job, Texts, check_counts, encode, make_submits, num_chars, render_chat
+from cluster.gateway.submit import (
+    Job,
+    Texts,
+    check_counts,
+    check_lengths,
+    encode,
+    make_submits,
+    num_chars,
+    render_chat,
+)
+from cluster.gateway.threads import Threads, run_in
 from cluster.gateway.tokenize import TextTokenizer
 from cluster.metrics import EngineCollector, GatewayMetrics, GenerationTimer
 
 INLINE_BYTES = 256 * 1024  # a larger body is parsed off the event loop
 INLINE_CHARS = 4096  # a longer text is tokenised off the event loop
-CLIENT_CLOSED_REQUEST = 499  # as nginx logs it; nobody reads it
 TEMPLATE_SLACK_S = 1.0  # for a thread to be free; the template's own bound comes first, mostly
-
-Result = TypeVar("Result")
 
 
 class Gateway:
@@ -53,7 +58,7 @@ class Gateway:
             settings.model_path, timeout_s=settings.template_timeout_s, max_chars=settings.max_rendered_chars
         )
         self.created = int(time.time())
-        self._executor = ThreadPoolExecutor(max_workers=4, thread_name_prefix="foretoken-text")
+        self._threads = Threads()
 
     def begin_drain(self) -> None:
         """Admit nothing more. What runs may finish for `drain_timeout_s`, then it ends with `DrainingError`."""
@@ -68,7 +73,7 @@ class Gateway:
         self.begin_drain()
         await self.admission.wait_idle(self.settings.drain_timeout_s + FLUSH_S)
         await self.worker.close()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
     async def reply(self, request: Request, model: type[GenerationRequest]) -> Response:
         """Answer one generation request. Raises `ForetokenError`s."""
@@ -83,8 +88,10 @@ class Gateway:
                     return started
                 generation, events, first = started
                 return EventStream(generation, events, first, held.pop_all(), self.settings.send_timeout_s)
-        except (ClientDisconnected, ClientDisconnect):
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        except ClientDisconnected as error:
+            return error_response(error)
+        except ClientDisconnect:
+            return error_response(ClientDisconnected("the connection ended before the whole body had come"))
 
     async def _read(
         self, request: Request, model: type[GenerationRequest], hold: Callable[[int], None]
@@ -97,7 +104,7 @@ class Gateway:
             hold=hold,
         )
         check = partial(_check, body, model)
-        checked = check() if len(body) <= INLINE_BYTES else await self._in_thread(check)
+        checked = check() if len(body) <= INLINE_BYTES else await run_in(self._threads.bodies, check)
         if checked.model not in (None, self.settings.served_name):
             raise model_not_found(checked.model or "", self.settings.served_name)
         check_counts(checked, self.settings)
@@ -108,7 +115,11 @@ class Gateway:
     ) -> Response | tuple[Generation, Events, Batch]:
         """A whole reply, or the beginning of a streamed one: its first outputs, so that an early error has a status."""
         hello = await self.worker.ready(self._time_left(arrival))
-        texts = await self._encode(request)
+        try:
+            async with asyncio.timeout(self._time_left(arrival)):
+                texts = await self._encode(request, hello.max_model_len)
+        except TimeoutError:
+            raise self._too_late() from None
         reply_id = f"{'chatcmpl' if isinstance(request, ChatCompletionRequest) else 'cmpl'}-{uuid.uuid4().hex}"
         timeout_s = self._time_left(arrival)
         submits = make_submits(
@@ -125,8 +136,11 @@ class Gateway:
     def _time_left(self, arrival: float) -> float:
         left = arrival + self.settings.request_timeout_s - time.perf_counter()
         if left <= 0:
-            raise DeadlineError(f"the request took longer than {self.settings.request_timeout_s:g} s")
+            raise self._too_late()
         return left
+
+    def _too_late(self) -> DeadlineError:
+        return DeadlineError(f"the request took longer than {self.settings.request_timeout_s:g} s")
 
     def _events(self, job: Job) -> Events:
         if isinstance(job.request, ChatCompletionRequest):
@@ -134,22 +148,21 @@ class Gateway:
         assert isinstance(job.request, CompletionRequest)
         return CompletionEvents(job, job.request, self.tokenizer)
 
-    async def _encode(self, request: GenerationRequest) -> Texts:
+    async def _encode(self, request: GenerationRequest, max_model_len: int) -> Texts:
         chat_text = None
         if isinstance(request, ChatCompletionRequest):
             limit_s = self.settings.template_timeout_s + TEMPLATE_SLACK_S
             try:
                 async with asyncio.timeout(limit_s):
-                    chat_text = await self._in_thread(partial(render_chat, request, self.template))
+                    chat_text = await run_in(self._threads.templates, partial(render_chat, request, self.template))
             except TimeoutError:
                 raise InvalidValueError(
                     f"the chat template took longer than {limit_s:g} s for these messages", param="messages"
                 ) from None
+        check_lengths(request, self.tokenizer, chat_text, max_model_len)
         work = partial(encode, request, self.tokenizer, chat_text)
-        return work() if num_chars(request, chat_text) <= INLINE_CHARS else await self._in_thread(work)
-
-    async def _in_thread(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        length = num_chars(request, chat_text)
+        return work() if length <= INLINE_CHARS else await run_in(self._threads.texts(length), work)
 
 
 def model_not_found(asked: str, served: str) -> ModelNotFoundError:

@@ -145,6 +145,10 @@ def error_event(error: ForetokenError) -> bytes:
     return b"data: " + orjson.dumps(error_body(error)) + b"\n\n"
 
 
+class _TookNothingError(Exception):
+    """The client does not read: nothing can be said to it."""
+
+
 class EventStream(Response):
     """Writes a generation's events until its terminal; the client going away aborts it.
 
@@ -167,7 +171,7 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await self._write(send)
-        except (ClientDisconnected, OSError):
+        except (_TookNothingError, OSError):
             pass
         finally:
             watcher.cancel()
@@ -186,8 +190,10 @@ class EventStream(Response):
                     await self._send(send, data)
                 batch = await self._generation.read()
             last = self._events.closing()
-        except (ClientDisconnected, OSError):
+        except (_TookNothingError, OSError):
             raise
+        except ClientDisconnected as error:
+            last = error_event(error)
         except Exception as error:
             ours = as_foretoken_error(error)
             logger.warning("the stream of %s ended early: %s", self._events.reply_id, ours.code)
@@ -195,11 +201,11 @@ class EventStream(Response):
         await self._send(send, last, more=False)
 
     async def _send(self, send: Send, data: bytes, *, more: bool = True) -> None:
-        """Raises `ClientDisconnected` where the client takes nothing for `timeout_s`."""
+        """Raises `_TookNothingError` where the client takes nothing for `timeout_s`."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 await send({"type": "http.response.body", "body": data, "more_body": more})
         except TimeoutError:
             self._generation.abort("slow_reader")
             logger.warning("the client of %s took nothing for %g s: cut", self._events.reply_id, self._timeout_s)
-            raise ClientDisconnected from None
+            raise _TookNothingError from None

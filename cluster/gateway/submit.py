@@ -80,6 +80,21 @@ def encode(request: GenerationRequest, tokenizer: TextTokenizer, chat_text: str 
     return Texts(prompts, bad_words)
 
 
+def check_lengths(
+    request: GenerationRequest, tokenizer: TextTokenizer, chat_text: str | None, max_model_len: int
+) -> None:
+    """Raise `ContextLengthError` for a prompt that is too long for sure. Takes no time; `encode` may take long."""
+    prompts = request.prompt if isinstance(request, CompletionRequest) else [chat_text or ""]
+    for prompt in prompts:
+        least = tokenizer.min_tokens(prompt) if isinstance(prompt, str) else len(prompt)
+        if least > max_model_len:
+            raise ContextLengthError(
+                f"this model's context length is {max_model_len} tokens, but the prompt has at least {least} tokens; "
+                "shorten it",
+                param=_prompt_field(request),
+            )
+
+
 def num_chars(request: GenerationRequest, chat_text: str | None) -> int:
     """How much text `encode` has to work through."""
     texts = request.prompt if isinstance(request, CompletionRequest) else [chat_text or ""]

@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from cluster.errors import CheckpointError
+from cluster.gateway.length import length_bound
 
 
 class TextTokenizer:
@@ -16,6 +17,7 @@ class TextTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._bound = length_bound(tokenizer)
         self._special_ids = frozenset(
             token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         )
@@ -33,7 +35,13 @@ class TextTokenizer:
 
     def encode(self, text: str, *, special_tokens: bool) -> list[int]:
         """The ids of `text`; `special_tokens` lets the post-processor add its own (BOS …)."""
-        return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+        # the library holds Python's lock for all of `encode`, which would stop the event loop
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=special_tokens)
+        return encoding.ids
+
+    def min_tokens(self, text: str) -> int:
+        """`text` has at least so many tokens; takes no time."""
+        return self._bound.min_tokens(text)
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)

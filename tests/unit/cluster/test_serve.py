@@ -131,6 +131,22 @@ def test_a_folder_is_served_under_its_name(start: Start, tmp_path: Path) -> None
     assert served.wait() == 0
 
 
+def test_a_connection_that_ends_early_or_is_no_http_has_its_error(start: Start, tmp_path: Path) -> None:
+    served = start(SCRIPTED_GATE=str(tmp_path / "never"))
+    body = json.dumps(CHAT).encode()
+    whole = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    for data, says in ((whole, "sending side"), (whole[:-9], "whole body"), (b"GARBAGE\r\n\r\n", "no HTTP/1.1")):
+        with socket.create_connection(("127.0.0.1", httpx.URL(served.url).port or 0), DEADLINE_S) as client:
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+            with client.makefile("rb") as answer:
+                head, _, content = answer.read().partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert says in json.loads(content)["error"]["message"]
+    served.signal()
+    assert served.wait() == 0
+
+
 def test_a_worker_that_ends_while_we_drain_is_not_started_again(start: Start, tmp_path: Path) -> None:
     served = start("--drain-timeout", "600", SCRIPTED_GATE=str(tmp_path / "never"))
     with httpx.Client(base_url=served.url, timeout=DEADLINE_S) as client:

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 
 from cluster.gateway.app import create_app
 from cluster.gateway.client import WorkerClient
+from cluster.gateway.connection import server_config
 from cluster.gateway.settings import GatewaySettings
 from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker, byte_tokenizer
 
@@ -123,8 +124,7 @@ async def serve(checkpoint: Path, worker: ScriptedWorker) -> AsyncIterator[Serve
             listener.bind(("127.0.0.1", 0))
             listener.listen()
             port = listener.getsockname()[1]
-            config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=5)
-            server = _Server(config)
+            server = _Server(server_config(app, stop_timeout_s=5))
             task = asyncio.create_task(server.serve(sockets=[listener]))
 
             async def stop() -> None:

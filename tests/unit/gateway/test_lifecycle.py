@@ -111,14 +111,19 @@ async def test_a_reader_that_stalls_is_cut(serve: Serve, worker: ScriptedWorker)
     assert await served.metric('foretoken:requests_aborted_total{model_name="org/scripted",reason="slow_reader"}') == 1
 
 
-async def test_a_client_that_takes_nothing_is_cut_after_a_while(serve: Serve, worker: ScriptedWorker) -> None:
+async def test_a_client_that_takes_nothing_is_cut_after_a_while(
+    serve: Serve, worker: ScriptedWorker, caplog: pytest.LogCaptureFixture
+) -> None:
     served = await serve(send_timeout_s=0.05)
     await served.ready()
     worker.raw = lambda submit: [output(submit, i * 65536, "x" * 65536) for i in range(200)]
-    _, writer = await open_request(served.port, stream=True)
+    reader, writer = await open_request(served.port, stream=True)
     assert await worker.wait_for_aborts() == [worker.submits[0].request_id]
     await idle(served)
+    rest = await asyncio.wait_for(reader.read(), DEADLINE_S)
+    assert not rest.endswith(b"\r\n0\r\n\r\n"), "a chunked body that is not whole"
     writer.close()
+    assert "without completing" not in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------- workers that die

@@ -1,0 +1,99 @@
+"""What there is to place workers on: nodes, their devices and memory, the links between them. Values only."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cluster.errors import InvalidValueError
+from cluster.machine import Machine, this_machine
+
+MEMORY_SHARE = 0.8  # of what a machine has free, that workers may be given; the rest is for all else on it
+
+
+@dataclass(frozen=True)
+class Device:
+    """What computes, and the memory beside it that workers on it share."""
+
+    id: str  # "cpu", "cuda:0"; one of a kind on its node
+    kind: Literal["cpu", "cuda"]
+    memory_bytes: int  # that workers may use
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine, or one share of a machine that is treated as one.
+
+    What fails together has the same `failure_domain`: a node by itself, or the nodes of a rack or zone.
+    """
+
+    id: str
+    failure_domain: str
+    host_memory_bytes: int
+    devices: tuple[Device, ...]
+
+    @property
+    def compute_devices(self) -> tuple[Device, ...]:
+        """Those that workers are placed on: its GPUs, or without any its processor."""
+        gpus = tuple(device for device in self.devices if device.kind == "cuda")
+        return gpus or self.devices
+
+
+@dataclass(frozen=True)
+class Link:
+    """The way between two nodes, the same in both directions."""
+
+    nodes: tuple[str, str]
+    bytes_per_s: float
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Raises `InvalidValueError` for names used twice, sizes below zero, and links between unknown nodes."""
+
+    nodes: tuple[Node, ...]
+    links: tuple[Link, ...] = ()
+
+    def __post_init__(self) -> None:
+        _no_twins("node", [node.id for node in self.nodes])
+        _no_twins("link", [tuple(sorted(link.nodes)) for link in self.links])
+        for node in self.nodes:
+            _no_twins(f"device of node {node.id}", [device.id for device in node.devices])
+            for what, size in [("host", node.host_memory_bytes), *((d.id, d.memory_bytes) for d in node.devices)]:
+                if size < 0:
+                    raise InvalidValueError(f"node {node.id}: {what} memory is {size} bytes", param="memory_bytes")
+        known = {node.id for node in self.nodes}
+        for link in self.links:
+            if len(set(link.nodes) & known) != 2:
+                raise InvalidValueError(f"a link joins two different known nodes, not {link.nodes}", param="links")
+            if not link.bytes_per_s > 0:
+                raise InvalidValueError(f"the link {link.nodes} carries {link.bytes_per_s} bytes/s", param="links")
+
+    def bytes_per_s(self, one: str, other: str) -> float:
+        """Between two nodes: infinite within a node, 0 where no link is known."""
+        if one == other:
+            return float("inf")
+        return next((link.bytes_per_s for link in self.links if set(link.nodes) == {one, other}), 0.0)
+
+
+def local_topology(num_nodes: int = 1, machine: Machine | None = None) -> Topology:
+    """This machine's processor as one node, or as several that share its free memory evenly.
+
+    Each such node is a failure domain: what is tried on one machine is the loss of processes.
+    """
+    if num_nodes < 1:
+        raise InvalidValueError(f"num_nodes must be at least 1, not {num_nodes}", param="num_nodes")
+    machine = machine or this_machine()
+    memory_bytes = int(machine.available_bytes * MEMORY_SHARE) // num_nodes
+    host = platform.node() or "localhost"
+    names = [host] if num_nodes == 1 else [f"{host}-{i}" for i in range(num_nodes)]
+    devices = (Device("cpu", "cpu", memory_bytes),)
+    return Topology(tuple(Node(name, name, memory_bytes, devices) for name in names))
+
+
+def _no_twins(what: str, names: Sequence[object]) -> None:
+    twins = {name for name in names if names.count(name) > 1}
+    if twins:
+        raise InvalidValueError(f"more than one {what} is called {min(map(str, twins))}", param="nodes")

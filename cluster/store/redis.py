@@ -1,0 +1,217 @@
+"""The store of a cluster: one Redis (7 or later), its server's clock, Lua scripts and streams; no settings of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from cluster.errors import ConfigError, StoreUnavailableError
+from cluster.store import scripts
+from cluster.store.base import (
+    FIRST_RETRY_S,
+    LAST_RETRY_S,
+    LOG_LENGTH,
+    AsyncClosing,
+    Change,
+    Deleted,
+    Message,
+    Poll,
+    Put,
+    Versioned,
+    Watch,
+    check_key,
+    check_ttl,
+    check_value,
+    room_of,
+)
+
+PAGE = 16  # changes that a watch takes at once
+MAX_CONNECTIONS = 256
+
+
+class RedisStore(AsyncClosing):
+    """A `Store` in Redis, shared by all who use the same `url` and `namespace`.
+
+    `url`: redis://, rediss:// or unix://, with user, password and database as redis-py reads them. `op_timeout_s`:
+    after this long without an answer a call raises `StoreUnavailableError`. Nothing is opened before the first call.
+    Raises `ConfigError` for an `url` that cannot be read.
+    """
+
+    def __init__(
+        self, url: str, *, namespace: str = "foretoken", op_timeout_s: float = 2.0, log_length: int = LOG_LENGTH
+    ) -> None:
+        self._namespace = namespace
+        self._op_timeout_s = op_timeout_s
+        self._log_length = log_length
+        try:
+            self._redis: Redis = Redis.from_url(
+                url,
+                socket_timeout=op_timeout_s,
+                socket_connect_timeout=op_timeout_s,
+                max_connections=MAX_CONNECTIONS,
+                retry=Retry(NoBackoff(), 0),  # a write whose answer was lost must not be sent a second time
+            )
+        except ValueError:  # its text may hold a part of the password
+            raise ConfigError(
+                "the store's url cannot be read: it must be redis://[user:password@]host:port/database, rediss://… or "
+                "unix:///path, with special characters percent-encoded",
+                param="store",
+            ) from None
+
+    async def get(self, key: str) -> Versioned | None:
+        found = await self._run(scripts.GET, check_key(key), key)
+        return Versioned(found[1], int(found[0])) if found else None
+
+    async def entries(self, prefix: str) -> dict[str, Versioned]:
+        return (await self.snapshot(prefix))[1]
+
+    async def compare_and_set(
+        self, key: str, value: bytes | None, *, expected: int, ttl_s: float | None = None
+    ) -> int | None:
+        check_value(value)
+        check_ttl(ttl_s)
+        kind = "delete" if value is None else "put"
+        ttl_ms = "" if ttl_s is None else round(ttl_s * 1000)
+        version = await self._run(scripts.COMPARE_AND_SET, check_key(key), key, expected, kind, value or b"", ttl_ms)
+        return None if version is None else int(version)
+
+    async def renew(self, key: str, *, expected: int, ttl_s: float) -> bool:
+        check_ttl(ttl_s)
+        return bool(await self._run(scripts.RENEW, check_key(key), key, expected, round(ttl_s * 1000)))
+
+    def watch(self, prefix: str) -> Watch:
+        return Watch(self, prefix)
+
+    async def publish(self, channel: str, payload: bytes) -> None:
+        check_key(channel)
+        check_value(payload, "payload")
+        async with self.answering():
+            await self._redis.publish(self._channel(channel), payload)
+
+    async def subscribe(self, channel: str) -> _RedisSubscription:
+        check_key(channel)
+        subscription = _RedisSubscription(self, self._channel(channel))
+        await subscription.open()
+        return subscription
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def poll(self, room: str, after: int) -> Poll:
+        version, wait_ms, entries = await self._run(scripts.POLL, room, after, PAGE)
+        return Poll(int(version), [_change(*entry) for entry in entries], int(wait_ms) / 1000 if wait_ms else None)
+
+    async def snapshot(self, prefix: str) -> tuple[int, dict[str, Versioned]]:
+        version, *flat = await self._run(scripts.SNAPSHOT, room_of(prefix, "prefix"), prefix)
+        found = {
+            key.decode(): Versioned(value, int(written))
+            for key, written, value in zip(flat[::3], flat[1::3], flat[2::3], strict=True)
+        }
+        return int(version), dict(sorted(found.items()))
+
+    async def wait_for_change(self, room: str, after: int, timeout_s: float) -> None:
+        log = self._room_keys(room)[-1]
+        block_ms = max(1, round(min(timeout_s, self._op_timeout_s / 2) * 1000))
+        async with self.answering(block_ms / 1000):
+            await self._redis.xread({log: f"{after}-0"}, count=1, block=block_ms)
+
+    async def _run(self, script: str, room: str, *arguments: str | bytes | int) -> Any:
+        keys = self._room_keys(room)
+        async with self.answering():
+            run = self._redis.register_script(script)
+            return await cast(Awaitable[Any], run(keys=keys, args=[self._log_length, *arguments]))
+
+    def _room_keys(self, room: str) -> list[str]:
+        return [f"{{{self._namespace}/{room}}}:{name}" for name in scripts.ROOM_KEYS]
+
+    def _channel(self, channel: str) -> str:
+        return f"{self._namespace}:{channel}"
+
+    def pubsub(self) -> PubSub:
+        return self._redis.pubsub()
+
+    @asynccontextmanager
+    async def answering(self, wait_s: float = 0.0) -> AsyncIterator[None]:
+        """Within the store's deadline, beside a wait that was asked for, or `StoreUnavailableError`."""
+        try:
+            async with asyncio.timeout(self._op_timeout_s + wait_s):
+                yield
+        except (RedisError, OSError) as error:  # TimeoutError is an OSError
+            reason = str(error) or f"no answer within {self._op_timeout_s:g} s"
+            raise StoreUnavailableError(f"the store (Redis) cannot be used: {reason}") from error
+
+
+class _RedisSubscription(AsyncClosing):
+    def __init__(self, store: RedisStore, channel: str) -> None:
+        self._store = store
+        self._channel = channel
+        self._pubsub: PubSub | None = None
+        self._gap = False
+
+    async def open(self) -> None:
+        """Subscribe on a connection of its own; returns when Redis has confirmed it."""
+        pubsub = self._store.pubsub()
+        try:
+            async with self._store.answering():
+                await pubsub.subscribe(self._channel)
+                while (reply := await pubsub.get_message(timeout=None)) is None or reply["type"] != "subscribe":
+                    pass
+        except BaseException:
+            await pubsub.aclose()
+            raise
+        self._pubsub = pubsub
+
+    async def next(self, timeout_s: float) -> Message | None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        pause_s = FIRST_RETRY_S
+        while True:
+            try:
+                if self._pubsub is None:
+                    await self.open()
+                return await self._receive(max(0.0, deadline - loop.time()))
+            except StoreUnavailableError:
+                self._gap = True
+                await self.close()
+                if loop.time() + pause_s >= deadline:
+                    raise
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LAST_RETRY_S)
+
+    async def _receive(self, timeout_s: float) -> Message | None:
+        pubsub = self._pubsub
+        assert pubsub is not None
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while True:
+            remaining_s = max(0.001, deadline - loop.time())
+            async with self._store.answering(remaining_s):
+                reply = await pubsub.get_message(timeout=remaining_s)
+            if reply is not None and reply["type"] == "message":
+                gap, self._gap = self._gap, False
+                return Message(reply["data"], gap)
+            if reply is not None:  # the client has subscribed again, on a new connection
+                self._gap = True
+            elif loop.time() >= deadline:
+                return None
+
+    async def close(self) -> None:
+        pubsub, self._pubsub = self._pubsub, None
+        if pubsub is not None:
+            await pubsub.aclose()
+
+
+def _change(entry_id: bytes, fields: list[bytes]) -> Change:
+    version = int(entry_id.split(b"-")[0])
+    _, kind, _, key, _, value = fields
+    if kind == b"put":
+        return Put(key.decode(), value, version)
+    return Deleted(key.decode(), version, expired=kind == b"expired")
