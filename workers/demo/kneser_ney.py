@@ -73,7 +73,7 @@ class KneserNey:
         return keys
 
     def fit(self, tokens: np.ndarray, starts: np.ndarray) -> KneserNey:
-        """Count the documents. 10 M tokens take some seconds and about 1 GB."""
+        """Count the documents. 9 M tokens take about ten seconds."""
         keys, counts = np.unique(self.keys(tokens, starts), return_counts=True)
         tables = [_table(keys, counts, self.bits)]
         for order in range(self.order - 1, 0, -1):

@@ -1,6 +1,6 @@
 """A Qwen3-MoE written for fast training on a few CPU cores; its arithmetic is transformers' `Qwen3MoeForCausalLM`.
 
-Three things make it several times faster than the stock module on a CPU:
+Three things make it fast there:
 all experts of a layer run as three batched matrix products over rows padded to the busiest expert, the loss never
 holds all logits at once, and everything between those two can be compiled into one region a layer.
 Weights of all layers are stacked in one tensor a role, which lets the optimizer treat them in one batch.

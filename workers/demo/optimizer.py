@@ -1,7 +1,7 @@
 """Muon for the matrices, AdamW for the rest, over stacked weights.
 
 Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/) replaces a momentum matrix by the nearest
-orthogonal one, found by five Newton-Schulz steps. At this size it needs about half the tokens of AdamW.
+orthogonal one, found by five Newton-Schulz steps; it needs fewer tokens than AdamW, and a CPU is short of tokens.
 Router, embeddings and norms stay with AdamW: an orthogonal step would move all experts' rows by the same amount.
 """
 
