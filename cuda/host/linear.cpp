@@ -23,7 +23,8 @@ void foretoken_linear(const float* x, const float* weight, const float* bias, fl
   const int64_t columns = (strips * kStrip + wide - 1) / wide * wide;
   const int64_t num_column_tasks = (num_out + columns - 1) / columns;
   const int64_t num_row_tasks = (num_rows + row_chunk - 1) / row_chunk;
-  parallel_for(num_column_tasks * num_row_tasks, static_cast<int>(num_threads), [&](int64_t task) {
+  const int threads = num_rows * num_in * num_out < kWorthThreads ? 1 : static_cast<int>(num_threads);
+  parallel_for(num_column_tasks * num_row_tasks, threads, [&](int64_t task) {
     thread_local std::vector<float> buffer;
     const int64_t begin = task % num_column_tasks * columns, end = std::min(num_out, begin + columns);
     const int64_t first = task / num_column_tasks * row_chunk, last = std::min(num_rows, first + row_chunk);

@@ -99,7 +99,7 @@ void moe_run(const float* hidden, const int64_t* topk_ids, const float* topk_wei
   int64_t parts = 1;
   while (parts * num_active < 2 * num_threads && intermediate / (parts * 2) >= kStrip) parts *= 2;
   const int64_t work = num_rows * hidden_size * intermediate * 3;
-  const int threads = work < 200000 ? 1 : static_cast<int>(num_threads);
+  const int threads = work < kWorthThreads ? 1 : static_cast<int>(num_threads);
 
   parallel_for(num_active * parts, threads, [&](int64_t task) {
     thread_local std::vector<float> buffer;

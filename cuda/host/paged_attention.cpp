@@ -63,7 +63,7 @@ void foretoken_paged_attention(const float* q, const float* k_cache, const float
   const int64_t per_kv = num_heads / num_kv_heads;
   int64_t work = 0;
   for (int64_t b = 0; b < num_blocks; ++b) work += blocks[b * 5 + 2] * blocks[b * 5 + 4];
-  const int threads = work * num_heads * head_dim * page_size * 2 < 200000 ? 1 : static_cast<int>(num_threads);
+  const int threads = work * num_heads * head_dim * page_size * 2 < kWorthThreads ? 1 : static_cast<int>(num_threads);
   parallel_for(num_blocks * num_kv_heads, threads, [&](int64_t task) {
     thread_local std::vector<float> scaled, scores, sums;
     thread_local std::vector<Row> rows;

@@ -83,9 +83,15 @@ def plan_blocks(slices: Sequence[SequenceSlice], page_size: int) -> AttentionPla
     """The step's blocks as a table, on the CPU."""
     table: list[int] = []
     page_ids: list[int] = []
-    for block in _cut(slices, page_size):
-        table += (block.first_row, block.start, block.num_queries, len(page_ids), len(block.page_ids))
-        page_ids.extend(block.page_ids)
+    for item in slices:
+        if item.num_tokens == 1:  # most of them are, and this runs each step
+            num_pages = item.start // page_size + 1
+            table += (item.first_row, item.start, 1, len(page_ids), num_pages)
+            page_ids += item.page_ids[:num_pages]
+            continue
+        for block in _cut([item], page_size):
+            table += (block.first_row, block.start, block.num_queries, len(page_ids), len(block.page_ids))
+            page_ids += block.page_ids
     return AttentionPlan(torch.tensor(table, dtype=torch.int64).view(-1, 5), torch.tensor(page_ids, dtype=torch.int64))
 
 
