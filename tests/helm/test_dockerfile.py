@@ -75,7 +75,7 @@ def test_both_stages_begin_with_the_same_slim_python() -> None:
 def test_it_names_no_registry_and_no_index() -> None:
     text = (ROOT / "Dockerfile").read_text()
     assert "://" not in text
-    assert "index-url" not in text
+    assert "--index" not in text
 
 
 def test_the_builder_gets_what_is_copied_and_no_more() -> None:
