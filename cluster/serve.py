@@ -24,6 +24,7 @@ from cluster.config import Settings
 from cluster.control.launch import WorkerProcess, local_worker, socket_folder
 from cluster.control.model import Model, find_model
 from cluster.errors import ConfigError
+from cluster.event_loop import loop_factory
 from cluster.gateway.client import WorkerClient
 from cluster.gateway.limits import FLUSH_S
 from cluster.gateway.settings import GatewaySettings, SamplingDefaults
@@ -44,19 +45,9 @@ def run(settings: Settings) -> int:
     started = time.monotonic()
     with listen(settings.host, settings.port) as listener:
         model = find_model(settings)
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(serve(settings, model, listener, started))
     return 0
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's, where there is one."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
 
 
 def listen(host: str, port: int) -> socket.socket:

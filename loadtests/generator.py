@@ -20,6 +20,7 @@ import aiohttp
 import msgspec
 
 from cluster.errors import ForetokenError, InvalidValueError
+from cluster.event_loop import loop_factory
 from loadtests.measures import Record, Slo, summarize
 from loadtests.workload import Arrivals, Burst, LoadRequest, arrivals_of, check_arrivals
 
@@ -207,18 +208,8 @@ def result_of(text: bytes) -> dict[str, Any]:
         return {"error": error.message}
     gc.collect()
     gc.freeze()  # what lives already is not looked through again: that would show as latency of the server
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(run_job(job))
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's, where there is one: the load should cost the machine as little as it can."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from workers.request import Request, Status
 from workers.sampling.guided import Matcher
 from workers.sampling.sampler import Sampler, failure
 from workers.sampling.stop import StopChecker
-from workers.scheduler import Scheduler, SchedulerOptions
+from workers.scheduler import MAX_LOGIT_ROWS, Scheduler, SchedulerOptions
 from workers.step import SampledRow, Scheduled, StepPlan
 
 log = logging.getLogger(__name__)
@@ -178,11 +178,18 @@ class Engine:
     def score(self, request_id: str, ids: Sequence[int]) -> list[float]:
         """The log probability of each of `ids` behind a request's tokens, on a fork that is then discarded.
 
-        Raises `OutOfPagesError` where there is no room for the fork, `InvalidValueError` for an unknown request.
+        Raises `OutOfPagesError` where there is no room for the fork, `InvalidValueError` for an unknown request or
+        more ids than the context has room for.
         """
         source = self._find(request_id)
         if not ids:
             return []
+        if (reach := source.position_offset + len(source.tokens) + len(ids)) > self.options.max_model_len:
+            raise InvalidValueError(
+                f"scoring {len(ids)} tokens reaches position {reach}, over the context length of "
+                f"{self.options.max_model_len}",
+                param="ids",
+            )
         fork = replace(
             source, tokens=[*source.tokens, *ids], num_computed=0, page_ids=[], page_hashes=[], num_published=0
         )
@@ -190,7 +197,7 @@ class Engine:
         logprobs: list[float] = []
         try:
             while fork.num_uncomputed > 1:  # the last id's own logits are not needed
-                num_tokens = min(fork.num_uncomputed - 1, self.options.scheduler.token_budget)
+                num_tokens = min(fork.num_uncomputed - 1, self.options.scheduler.token_budget, MAX_LOGIT_ROWS)
                 self._pages.reserve(fork, num_tokens)
                 logits_from = min(max(0, len(source.tokens) - 1 - fork.num_computed), num_tokens)
                 batch = self._batcher.build([Scheduled(fork, num_tokens)], [logits_from])

@@ -23,14 +23,14 @@ def _age(request: Request) -> tuple[int, float]:
     return request.priority, request.arrival
 
 
-# Logits of every row are as wide as the vocabulary: so many rows of a prompt at a time, whatever the budget.
-MAX_PROMPT_LOGIT_ROWS = 128
+# Logits of every row are as wide as the vocabulary: so many rows of a sequence at a time, whatever the budget.
+MAX_LOGIT_ROWS = 128
 
 
 def _chunk(request: Request, num_uncomputed: int, budget: int) -> int:
     """How many of a request's tokens run in this step."""
     if request.sampling.prompt_logprobs is not None and request.num_computed < request.num_prompt:
-        budget = min(budget, MAX_PROMPT_LOGIT_ROWS)
+        budget = min(budget, MAX_LOGIT_ROWS)
     return min(num_uncomputed, budget)
 
 

@@ -7,6 +7,7 @@ None stands for the checkpoint's own (`SamplingDefaults`).
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, PlainValidator, StringConstraints, WithJsonSchema, model_validator
@@ -187,9 +188,9 @@ class GenerationRequest(RequestModel):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """Alternatives wanted with each generated token; None: no logprobs."""
-        raise NotImplementedError
 
     @property
     def num_prompt_logprobs(self) -> int | None:
@@ -197,9 +198,9 @@ class GenerationRequest(RequestModel):
         return self.prompt_logprobs
 
     @property
+    @abstractmethod
     def special_tokens(self) -> bool:
         """Whether the tokenizer's post-processor adds its special tokens to the prompt."""
-        raise NotImplementedError
 
 
 class CompletionRequest(GenerationRequest):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -229,11 +230,12 @@ class Watch:
         return await self._fill()
 
 
-class AsyncClosing:
+class AsyncClosing(ABC):
     """``async with`` for what has a `close`."""
 
+    @abstractmethod
     async def close(self) -> None:
-        raise NotImplementedError
+        """Let go of everything."""
 
     async def __aenter__(self) -> Self:
         return self

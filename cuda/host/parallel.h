@@ -7,7 +7,7 @@
 namespace foretoken {
 
 // Multiply-adds under which a call is not worth a second thread: about what waking one costs.
-constexpr int64_t kWorthThreads = 200000;
+constexpr int64_t kWorthThreads = 100000;
 
 // Run task(0) … task(num_tasks - 1) on up to `num_threads` threads, the caller's included; returns when all are done.
 void parallel_for(int64_t num_tasks, int num_threads, const std::function<void(int64_t)>& task);

@@ -55,9 +55,11 @@ class HostKernels:
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [T, in], weight [out, in] whose transpose is contiguous, bias [out] or None -> [T, out]."""
         num_out, num_in = weight.shape
+        assert weight.stride(0) == 1, "the weight does not lie [in, out]"
+        x = x.contiguous()
         y = torch.empty(x.shape[0], num_out)
         self._linear(
-            x.contiguous().data_ptr(), weight.data_ptr(), _pointer(bias), y.data_ptr(),
+            x.data_ptr(), weight.data_ptr(), _pointer(bias), y.data_ptr(),
             x.shape[0], num_in, num_out, self.num_threads,
         )  # fmt: skip
         return y
@@ -141,6 +143,7 @@ class HostKernels:
         """See `workers.kernels.moe_experts`; the weights' last two dimensions are transposed in memory."""
         num_tokens, top_k = topk_ids.shape
         num_experts, hidden_size, intermediate = down.shape
+        assert gate_up.stride(1) == down.stride(1) == 1, "the experts do not lie [in, out]"
         out = torch.empty(num_tokens, hidden_size)
         self._functions["moe_experts"](
             hidden.data_ptr(), topk_ids.data_ptr(), topk_weights.data_ptr(), gate_up.data_ptr(), down.data_ptr(),

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from cluster.errors import EngineError, ForetokenError, GrammarError, InvalidValueError
+from workers.kernels.gumbel_argmax import gumbel_argmax
 from workers.kernels.native import HostKernels
 from workers.request import Request
 from workers.sampling import filters, logprobs
@@ -143,18 +144,11 @@ class Sampler:
 
     def _draw(self, logits: torch.Tensor, draw: _Draw, keys: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if draw.kind == "greedy":
-            if self.native is not None:
-                return self.native.gumbel_argmax(logits, self._noise.salts, None, None)
-            values, ids = logits.max(-1)
-            return values, ids
+            return gumbel_argmax(logits, self._noise, None, None, self.native)
         assert keys is not None
         keys = keys[draw.keys]
         if draw.filters is None:
-            if self.native is not None:
-                return self.native.gumbel_argmax(logits, self._noise.salts, keys, draw.temperature)
-            # logit + T * noise has its maximum where logit / T + noise has, and cannot overflow at a tiny T
-            values, ids = self._noise.rows(keys).mul_(draw.temperature).add_(logits).max(-1)
-            return values, ids
+            return gumbel_argmax(logits, self._noise, keys, draw.temperature, self.native)
         token_ids, kept = filters.candidates(logits, draw.filters)
         values, places = kept.add_(self._noise.at(keys, token_ids)).max(-1)
         return values, token_ids.gather(-1, places[:, None])[:, 0]

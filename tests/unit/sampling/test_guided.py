@@ -322,15 +322,21 @@ def test_a_tokenizer_without_pieces_is_a_clear_error(tmp_path: Path) -> None:
         compiler.close()
 
 
-def test_close_ends_the_processes_and_whoever_waits(plain: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[subprocess.Popen[bytes]] = []
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """The processes that a test starts."""
+    found: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 
     def start(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
-        started.append(popen(*arguments, **options))  # type: ignore[call-overload]
-        return started[-1]
+        found.append(popen(*arguments, **options))  # type: ignore[call-overload]
+        return found[-1]
 
     monkeypatch.setattr(subprocess, "Popen", start)
+    return found
+
+
+def test_close_ends_the_processes_and_whoever_waits(plain: Tokenizer, started: list[subprocess.Popen[bytes]]) -> None:
     compiler = GrammarCompiler(plain, EOS, timeout_s=30)
     compiled(compiler, schema(SCHEMA))
     waiting = [compiler.submit(schema(EXPLODES | {"multipleOf": 99_999_989 + 2 * i})) for i in range(4)]
@@ -343,15 +349,9 @@ def test_close_ends_the_processes_and_whoever_waits(plain: Tokenizer, monkeypatc
         compiled(compiler, Grammar(kind="regex", source="late"))
 
 
-def test_a_checker_that_was_killed_is_started_again(strict: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[subprocess.Popen[bytes]] = []
-    popen = subprocess.Popen
-
-    def start(*arguments: object, **options: object) -> subprocess.Popen[bytes]:
-        started.append(popen(*arguments, **options))  # type: ignore[call-overload]
-        return started[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", start)
+def test_a_checker_that_was_killed_is_started_again(
+    strict: GrammarCompiler, started: list[subprocess.Popen[bytes]]
+) -> None:
     for i in range(3):
         compiled(strict, Grammar(kind="regex", source=f"c{i}"))
         for process in started:

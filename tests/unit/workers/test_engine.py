@@ -251,6 +251,21 @@ def test_score_equals_the_models_own_probabilities(decoder: Decoder, tokenizer: 
     assert run.tokens("x") == greedy(decoder, prompt(21), 5), "scoring disturbed the request"
 
 
+def test_scoring_in_bounded_parts_and_within_the_context(decoder: Decoder, tokenizer: Tokenizer) -> None:
+    run = Run(decoder, tokenizer)
+    run.submit("x", prompt(8), 4)
+    run.step()
+    ids = prompt(200, seed=6)
+    tokens = prompt(8) + run.tokens("x")
+    logits = Driver(decoder, [tokens + ids]).run([[(0, len(tokens) + len(ids))]])[0]
+    expected = torch.log_softmax(logits, -1)[len(tokens) - 1 : -1].gather(1, torch.tensor(ids)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(run.engine.score("x", ids)), expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(InvalidValueError, match="over the context length of 256"):
+        run.engine.score("x", prompt(300))
+    run.finish()
+    assert run.tokens("x") == greedy(decoder, prompt(8), 4)
+
+
 def test_position_offsets_shift_the_rotary_positions(decoder: Decoder, tokenizer: Tokenizer) -> None:
     """Rotary scores depend on differences alone, so an offset changes no token, but never shares a page."""
     run = Run(decoder, tokenizer)
