@@ -26,6 +26,8 @@ bench = typer.Typer(help="Measure, against a baseline of the same run.", no_args
 app.add_typer(bench, name="bench")
 kernels = typer.Typer(help="The compiled kernels.", no_args_is_help=True)
 app.add_typer(kernels, name="kernels")
+cluster = typer.Typer(help="Serve one model from many processes over many nodes.", no_args_is_help=True)
+app.add_typer(cluster, name="cluster")
 
 
 def _setting(name: str, switch: bool = False) -> Any:
@@ -166,6 +168,104 @@ def kernels_build(home: Annotated[Path | None, _setting("home")] = None, config:
     from cluster.kernels import build
 
     print(build(settings))
+
+
+Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="a Hugging Face id or a local folder; none: the demo model")
+]
+ClusterName = Annotated[str | None, _setting("cluster_name")]
+
+
+@cluster.command("up")
+def cluster_up(
+    context: typer.Context,
+    model: Model = None,
+    local: Annotated[int | None, _setting("local")] = None,
+    num_attention_workers: Annotated[int | None, _setting("num_attention_workers")] = None,
+    num_expert_workers: Annotated[int | None, _setting("num_expert_workers")] = None,
+    expert_copies: Annotated[int | None, _setting("expert_copies")] = None,
+    host: Annotated[str | None, _setting("host")] = None,
+    port: Annotated[int | None, _setting("port")] = None,
+    cluster_name: ClusterName = None,
+    store: Annotated[str | None, _setting("store")] = None,
+    device: Device = None,
+    numerics: Numerics = None,
+    max_model_len: MaxModelLen = None,
+    served_model_name: Annotated[str | None, _setting("served_model_name")] = None,
+    revision: Revision = None,
+    config: Config = None,
+    log_level: LogLevel = None,
+    log_format: Annotated[str | None, _setting("log_format")] = None,
+) -> None:
+    """Start a cluster and keep it up until it is stopped: Ctrl-C, or `cluster down` from elsewhere."""
+    settings = load({name: value for name, value in context.params.items() if name != "config"}, config)
+
+    from cluster.operate.up import run
+
+    raise typer.Exit(run(settings))
+
+
+@cluster.command("status")
+def cluster_status(
+    cluster_name: ClusterName = None,
+    store: Annotated[str | None, _setting("store")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON on stdout")] = False,
+    config: Config = None,
+) -> None:
+    """Show a cluster's nodes, workers and shards."""
+    settings = load({"cluster_name": cluster_name, "store": store}, config)
+
+    from cluster.operate.status import run
+
+    raise typer.Exit(run(settings, as_json=as_json))
+
+
+@cluster.command("down")
+def cluster_down(cluster_name: ClusterName = None, config: Config = None) -> None:
+    """Stop a cluster that `cluster up` started on this machine: what runs may finish first."""
+    settings = load({"cluster_name": cluster_name}, config)
+
+    from cluster.operate.down import run
+
+    raise typer.Exit(run(settings))
+
+
+@cluster.command("gateway")
+def cluster_gateway(config: Config = None) -> None:
+    """Run a gateway in front of a cluster's attention workers (one process of a cluster; settings from file or env)."""
+    settings = load(config=config)
+
+    from cluster.operate.gateway import run
+
+    raise typer.Exit(run(settings))
+
+
+@cluster.command("controller")
+def cluster_controller(
+    pods: Annotated[bool, typer.Option("--pods", help="workers are started by Kubernetes, not through Ray")] = False,
+    config: Config = None,
+) -> None:
+    """Run a cluster's controller (one process of a cluster; settings from file or environment)."""
+    settings = load(config=config)
+
+    from cluster.operate.controller import run
+
+    raise typer.Exit(run(settings, pods=pods))
+
+
+@cluster.command("worker")
+def cluster_worker(
+    role: Annotated[str, typer.Argument(metavar="ROLE", help="attention or expert")],
+    name: Annotated[str, typer.Option(help="its place in the cluster, such as expert-0; a pod's own name ends so")],
+    node: Annotated[str, typer.Option(help="the node that it runs on")] = "",
+    config: Config = None,
+) -> None:
+    """Run one worker that is not started by the controller, as a pod does (settings from file or environment)."""
+    settings = load(config=config)
+
+    from cluster.operate.worker import run
+
+    raise typer.Exit(run(settings, role=role, name=name, node=node))
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 A setting has one name in four places, and the first that gives it a value wins:
 
-1. a flag, ``--max-num-seqs 32`` (all but ``data`` have one)
+1. a flag, ``--max-num-seqs 32`` (all but ``data`` and ``token`` have one)
 2. the environment, ``FORETOKEN_MAX_NUM_SEQS=32``
 3. the file of ``--config`` (or ``FORETOKEN_CONFIG``), YAML: ``max_num_seqs: 32``
 4. the default of its field here, which the command line shows as well
@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr
+from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SecretStr
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from cluster.errors import ConfigError
@@ -82,6 +82,26 @@ class Settings(BaseSettings):
     static_batching: bool = Field(False, description="wait for whole batches (a baseline for benches)")
     host_kernels: bool = Field(True, description="compile and use the CPU kernels; otherwise torch's own operations")
     num_threads: int | None = Field(None, ge=1, le=4096, description="CPU threads of the engine; none: all cores")
+
+    # the cluster
+    cluster_name: str = Field(
+        "foretoken", pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$", description="one of several on the same machines"
+    )
+    local: int | None = Field(
+        None, ge=1, le=16, description="start so many Ray nodes on this machine; none: join the Ray that runs"
+    )
+    num_attention_workers: int = Field(2, ge=1, le=256, description="workers that run requests")
+    num_expert_workers: int = Field(2, ge=1, le=256, description="workers that hold experts, at most")
+    expert_copies: int = Field(1, ge=1, le=8, description="copies of an expert at most, each on a node of its own")
+    store: str | None = Field(
+        None, pattern=r"^(redis|rediss|unix)://", description="the cluster's Redis; none: `cluster up` starts one"
+    )
+    token: SecretStr | None = Field(None, description="what processes of a cluster show each other (no flag)")
+    advertise: str | None = Field(None, description="address that others reach this process at; none: found")
+    lease_s: float = Field(1.0, ge=0.3, le=600, description="a worker that is silent for this long is lost")
+    peer_timeout_s: float = Field(2.0, gt=0, le=600, description="a worker waits this long for another's answer")
+    reroute_timeout_s: float = Field(30.0, gt=0, le=3600, description="requests wait this long for lost experts")
+    orphan_timeout_s: float = Field(60.0, gt=0, le=86400, description="a worker without a controller ends after this")
 
     # what it says
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")

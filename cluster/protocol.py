@@ -1,8 +1,10 @@
 """Every message between processes. Values only: no logic, no defaults that depend on a model.
 
 The gateway opens one bidirectional gRPC stream to each worker (`STREAM_METHOD`) and sends `ToWorker`; the worker
-answers with one `Hello` and then `FromWorker`. Bodies are msgpack (msgspec), tagged by the struct's name. A peer of
-another `PROTOCOL_VERSION` is refused at `Hello`.
+answers with one `Hello` and then `FromWorker`. The controller opens one (`CONTROL_METHOD`), sends `ToControlled` and
+gets `WorkerReport`s. An attention worker asks an expert worker for a tensor link (`LINK_METHOD`). Bodies are msgpack
+(msgspec), tagged by the struct's name. A peer of another `PROTOCOL_VERSION` is refused at `Hello`. Where a worker has
+a token, every call carries it: metadata `TOKEN_KEY`, value ``Bearer <token>``.
 """
 
 from __future__ import annotations
@@ -11,10 +13,15 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 SERVICE = "foretoken.Worker"
 STREAM_METHOD = f"/{SERVICE}/Stream"  # ToWorker stream -> FromWorker stream
 STATE_METHOD = f"/{SERVICE}/State"  # empty -> EngineState
+CONTROL_METHOD = f"/{SERVICE}/Control"  # ToControlled stream -> WorkerReport stream
+LINK_METHOD = f"/{SERVICE}/OpenLink"  # OpenLink -> LinkOffer
+TOKEN_KEY = "authorization"
+
+Role = Literal["all", "attention", "expert"]  # all: attention with every expert beside it
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -27,7 +34,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Launch(Message, frozen=True):
     """A worker's options, the first line (JSON) on its standard input. It reads no settings of its own."""
 
-    address: str  # "unix:/path" or "host:port" to serve gRPC on
+    address: str  # "unix:/path" or "host:port" to serve gRPC on; port 0: any free one
     model_path: str  # a local folder in Hugging Face layout
     served_name: str
     device: str = "auto"  # auto | cpu | cuda | cuda:<i>
@@ -47,6 +54,38 @@ class Launch(Message, frozen=True):
     log_level: str = "info"
     log_format: Literal["text", "json"] = "text"
     progress: bool = False  # draw progress bars on stderr
+
+    # in a cluster
+    role: Role = "all"
+    name: str = ""  # its place in the placement: "attention-0"; the same for every process that takes this place
+    node_id: str = ""
+    token: str | None = None  # that every call must carry; None: who can reach the socket may call
+    announce_path: str | None = None  # where it writes its `Announcement` once it serves
+    tensor_host: str = "127.0.0.1"  # address of the interface that tensor links use
+    heartbeat_s: float = 0.1  # between two reports, and between two beats on a silent stream
+    peer_timeout_s: float = 2.0  # for a peer's answer, besides what its work takes
+    reroute_timeout_s: float = 30.0  # a step waits so long for experts that nobody holds; then its requests fail
+    orphan_timeout_s: float | None = None  # it ends itself when no controller was there for so long; None: never
+
+
+class Announcement(Message, frozen=True):
+    """What a worker that is no child of its launcher writes to `announce_path` (JSON), whole or not at all."""
+
+    pid: int
+    address: str  # with the port that it got
+    worker_id: str
+
+
+class ModelShape(Message, frozen=True):
+    """What placing a model needs to know of it: the one line of JSON that `python -m workers.describe` prints."""
+
+    num_layers: int
+    moe_layers: tuple[int, ...]  # indices of the layers with routed experts
+    num_experts: int  # of each of those; 0: dense
+    expert_bytes: int  # one expert of one layer, as loaded on the device
+    dense_bytes: int  # all other weights
+    kv_token_bytes: int  # K and V of one position
+    max_model_len: int
 
 
 # ------------------------------------------------------------------------------------------------ gateway -> worker
@@ -177,7 +216,11 @@ class StepOutput(Message, frozen=True, tag="step"):
     outputs: list[RequestOutput] = []
 
 
-FromWorker = Hello | StepOutput
+class Beat(Message, frozen=True, tag="beat"):
+    """The worker lives and had nothing to say for `heartbeat_s`."""
+
+
+FromWorker = Hello | StepOutput | Beat
 
 
 class EngineState(Message, frozen=True):
@@ -198,3 +241,130 @@ class EngineState(Message, frozen=True):
     forward_s: float = 0.0  # counter: seconds inside the model
     step_s: float = 0.0  # counter: seconds inside `Engine.step`
     sequence_steps: int = 0  # counter: sequences of all steps
+
+
+# ---------------------------------------------------------------------------------------------- controller <-> worker
+
+
+class Lead(Message, frozen=True, tag="lead"):
+    """Who controls. First on every control stream, then again each heartbeat: it renews the worker's lease.
+
+    A worker refuses an epoch below the highest that it has seen: it reports that one and ends the stream.
+    """
+
+    epoch: int
+    controller_id: str
+
+
+class Assign(Message, frozen=True, tag="assign"):
+    """Hold exactly these experts (an expert worker): what is new is loaded first, then the rest is dropped."""
+
+    version: int  # grows with every assignment of one controller
+    experts: tuple[tuple[int, ...], ...]  # by layer of the model: ids, ascending; empty for dense layers
+
+
+class Peer(Message, frozen=True, array_like=True):
+    """An expert worker, as an attention worker reaches it."""
+
+    name: str
+    worker_id: str  # another process under the same name is another peer
+    address: str
+
+
+class Route(Message, frozen=True, tag="route"):
+    """Where an attention worker finds experts; takes the place of the route before, between two steps."""
+
+    version: int  # grows with every route of one controller
+    peers: tuple[Peer, ...]
+    owners: tuple[tuple[tuple[int, ...], ...], ...]  # by layer, by expert: places in `peers`, the preferred first
+
+
+class Stop(Message, frozen=True, tag="stop"):
+    """End, after what runs has finished (`drain_timeout_s`)."""
+
+
+ToControlled = Lead | Assign | Route | Stop
+
+
+class WorkerReport(Message, frozen=True):
+    """What a worker is and does: every heartbeat, and at once when something changed."""
+
+    worker_id: str
+    name: str
+    role: Role
+    node_id: str
+    pid: int
+    address: str
+    epoch: int  # the highest seen
+    assign_version: int = 0  # the last assignment that is in effect
+    experts: tuple[tuple[int, ...], ...] = ()  # by layer: what it holds now
+    route_version: int = 0  # the last route that is in effect
+    lost_peers: tuple[str, ...] = ()  # worker ids of its route whose links broke
+    error: str | None = None  # why the last assignment or route could not be carried out
+    state: EngineState = EngineState()
+
+
+# ------------------------------------------------------------------------------------- attention worker -> expert worker
+
+
+class OpenLink(Message, frozen=True):
+    """Ask for a tensor link: both then meet under `link_id` in the store that the offer names."""
+
+    link_id: str  # unique, not to be guessed
+    from_name: str
+
+
+class LinkOffer(Message, frozen=True):
+    host: str
+    port: int
+
+
+# ------------------------------------------------------------------------------------------------ values in the store
+
+
+class WorkerRecord(Message, frozen=True):
+    """`workers/<name>`: a worker that was started and is not known to have ended. Written by who started it."""
+
+    name: str
+    role: Role
+    node_id: str
+    device_id: str
+    address: str
+    worker_id: str
+    pid: int
+    memory_bytes: int
+    kv_bytes: int = 0
+
+
+class NodeStatus(Message, frozen=True):
+    node_id: str
+    memory_bytes: int
+    devices: tuple[str, ...] = ()
+    is_alive: bool = True
+
+
+class WorkerStatus(Message, frozen=True):
+    name: str
+    role: Role
+    node_id: str
+    address: str
+    pid: int
+    condition: Literal["starting", "serving", "lost"]
+    num_experts: int = 0  # held, over all layers
+    shards: tuple[tuple[int, ...], ...] = ()  # by layer: the experts that it holds
+    state: EngineState = EngineState()
+
+
+class ClusterStatus(Message, frozen=True):
+    """`status/cluster`: what the controller last saw, for people."""
+
+    cluster: str
+    model: str
+    epoch: int
+    controller_id: str
+    at_s: float  # time.time()
+    num_layers: int
+    num_experts: int
+    nodes: tuple[NodeStatus, ...] = ()
+    workers: tuple[WorkerStatus, ...] = ()
+    problem: str | None = None  # why the cluster is not as it should be
