@@ -1,0 +1,45 @@
+"""Who starts worker processes: Ray, this machine itself, or Kubernetes. The controller knows this one face.
+
+A worker started through a launcher is no child of the controller: it outlives it, and another controller takes it over
+with `adopt`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from cluster.control.placement import PlacedWorker
+from cluster.control.topology import Topology
+from cluster.protocol import Launch, WorkerRecord
+
+
+class Launcher(Protocol):
+    """Every call ends within the launcher's own deadlines. Where it cannot be reached (Ray's head is gone) calls raise
+    `UnavailableError`; workers that run are not touched by that.
+    """
+
+    @property
+    def starts_workers(self) -> bool:
+        """False: others start them, and they are where they are (pods)."""
+
+    async def topology(self) -> Topology:
+        """The nodes that workers can be on now. A node's id stays the same while the machine does."""
+
+    async def start(self, worker: PlacedWorker, launch: Launch) -> WorkerRecord:
+        """Start a process for `worker` on its node and wait until it serves.
+
+        `launch` has everything but what only the node knows (address, announce_path, tensor_host, kernels). Raises
+        `WorkerLostError` with its last lines where it ends before it serves.
+        """
+
+    async def adopt(self, record: WorkerRecord) -> bool:
+        """Watch over a worker that runs already; False: its process is not there."""
+
+    async def is_running(self, record: WorkerRecord) -> bool:
+        """Whether its process is there, alive or hung."""
+
+    async def stop(self, record: WorkerRecord, *, kill: bool) -> None:
+        """End its process: SIGTERM, or with `kill` SIGKILL. Returns once that is sent; nothing where it is gone."""
+
+    async def close(self) -> None:
+        """Let go; workers go on."""
