@@ -39,15 +39,38 @@ def _setting(name: str, switch: bool = False) -> Any:
     return typer.Option(declaration, help=f"{field.description}{default}", show_default=False)
 
 
+Model = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="a Hugging Face id or a local folder; none: the demo model")
+]
 Config = Annotated[
     Path | None,
     typer.Option("--config", envvar=f"{ENV_PREFIX}CONFIG", help="a YAML file of settings: see configs/serve.yaml"),
 ]
+Revision = Annotated[str | None, _setting("revision")]
+ServedModelName = Annotated[str | None, _setting("served_model_name")]
+Home = Annotated[Path | None, _setting("home")]
+Host = Annotated[str | None, _setting("host")]
+Port = Annotated[int | None, _setting("port")]
+DrainTimeout = Annotated[float | None, _setting("drain_timeout_s")]
+StartTimeout = Annotated[float | None, _setting("start_timeout_s")]
+RequestTimeout = Annotated[float | None, _setting("request_timeout_s")]
+MaxOpenRequests = Annotated[int | None, _setting("max_open_requests")]
 Device = Annotated[str | None, _setting("device")]
 Numerics = Annotated[str | None, _setting("numerics")]
-Revision = Annotated[str | None, _setting("revision")]
 MaxModelLen = Annotated[int | None, _setting("max_model_len")]
+MaxNumSeqs = Annotated[int | None, _setting("max_num_seqs")]
+TokenBudget = Annotated[int | None, _setting("token_budget")]
+PageSize = Annotated[int | None, _setting("page_size")]
+KVCacheBytes = Annotated[str | None, _setting("kv_cache_bytes")]
+PrefixCache = Annotated[bool | None, _setting("prefix_cache", switch=True)]
+StaticBatching = Annotated[bool | None, _setting("static_batching", switch=True)]
+HostKernels = Annotated[bool | None, _setting("host_kernels", switch=True)]
+NumThreads = Annotated[int | None, _setting("num_threads")]
+ClusterName = Annotated[str | None, _setting("cluster_name")]
+StoreUrl = Annotated[str | None, _setting("store")]
 LogLevel = Annotated[str | None, _setting("log_level")]
+LogFormat = Annotated[str | None, _setting("log_format")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one line of JSON on stdout")]
 
 
 @app.callback(invoke_without_command=True)
@@ -60,32 +83,30 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command()
 def serve(
     context: typer.Context,
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="a Hugging Face id or a local folder; none: the demo model")
-    ] = None,
-    host: Annotated[str | None, _setting("host")] = None,
-    port: Annotated[int | None, _setting("port")] = None,
+    model: Model = None,
+    host: Host = None,
+    port: Port = None,
     device: Device = None,
     numerics: Numerics = None,
     max_model_len: MaxModelLen = None,
-    max_num_seqs: Annotated[int | None, _setting("max_num_seqs")] = None,
-    token_budget: Annotated[int | None, _setting("token_budget")] = None,
-    page_size: Annotated[int | None, _setting("page_size")] = None,
-    kv_cache_bytes: Annotated[str | None, _setting("kv_cache_bytes")] = None,
-    prefix_cache: Annotated[bool | None, _setting("prefix_cache", switch=True)] = None,
-    static_batching: Annotated[bool | None, _setting("static_batching", switch=True)] = None,
-    host_kernels: Annotated[bool | None, _setting("host_kernels", switch=True)] = None,
-    num_threads: Annotated[int | None, _setting("num_threads")] = None,
-    served_model_name: Annotated[str | None, _setting("served_model_name")] = None,
+    max_num_seqs: MaxNumSeqs = None,
+    token_budget: TokenBudget = None,
+    page_size: PageSize = None,
+    kv_cache_bytes: KVCacheBytes = None,
+    prefix_cache: PrefixCache = None,
+    static_batching: StaticBatching = None,
+    host_kernels: HostKernels = None,
+    num_threads: NumThreads = None,
+    served_model_name: ServedModelName = None,
     revision: Revision = None,
-    home: Annotated[Path | None, _setting("home")] = None,
-    drain_timeout_s: Annotated[float | None, _setting("drain_timeout_s")] = None,
-    start_timeout_s: Annotated[float | None, _setting("start_timeout_s")] = None,
-    request_timeout_s: Annotated[float | None, _setting("request_timeout_s")] = None,
-    max_open_requests: Annotated[int | None, _setting("max_open_requests")] = None,
+    home: Home = None,
+    drain_timeout_s: DrainTimeout = None,
+    start_timeout_s: StartTimeout = None,
+    request_timeout_s: RequestTimeout = None,
+    max_open_requests: MaxOpenRequests = None,
     config: Config = None,
     log_level: LogLevel = None,
-    log_format: Annotated[str | None, _setting("log_format")] = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible API."""
     settings = load({name: value for name, value in context.params.items() if name != "config"}, config)
@@ -105,7 +126,7 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="0: greedy; none: the checkpoint's")] = None,
     seed: Annotated[int | None, typer.Option(help="of the draws; none: a new one")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON on stdout")] = False,
+    as_json: AsJson = False,
     device: Device = None,
     numerics: Numerics = None,
     max_model_len: MaxModelLen = None,
@@ -161,19 +182,13 @@ def bench_serve(context: typer.Context) -> None:
 
 
 @kernels.command("build")
-def kernels_build(home: Annotated[Path | None, _setting("home")] = None, config: Config = None) -> None:
+def kernels_build(home: Home = None, config: Config = None) -> None:
     """Compile the CPU kernels for this machine now, rather than at the first start; print where they are."""
     settings = load({"home": home}, config)
 
     from cluster.kernels import build
 
     print(build(settings))
-
-
-Model = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="a Hugging Face id or a local folder; none: the demo model")
-]
-ClusterName = Annotated[str | None, _setting("cluster_name")]
 
 
 @cluster.command("up")
@@ -184,18 +199,36 @@ def cluster_up(
     num_attention_workers: Annotated[int | None, _setting("num_attention_workers")] = None,
     num_expert_workers: Annotated[int | None, _setting("num_expert_workers")] = None,
     expert_copies: Annotated[int | None, _setting("expert_copies")] = None,
-    host: Annotated[str | None, _setting("host")] = None,
-    port: Annotated[int | None, _setting("port")] = None,
     cluster_name: ClusterName = None,
-    store: Annotated[str | None, _setting("store")] = None,
+    store: StoreUrl = None,
+    advertise: Annotated[str | None, _setting("advertise")] = None,
+    lease_s: Annotated[float | None, _setting("lease_s")] = None,
+    peer_timeout_s: Annotated[float | None, _setting("peer_timeout_s")] = None,
+    reroute_timeout_s: Annotated[float | None, _setting("reroute_timeout_s")] = None,
+    orphan_timeout_s: Annotated[float | None, _setting("orphan_timeout_s")] = None,
+    host: Host = None,
+    port: Port = None,
     device: Device = None,
     numerics: Numerics = None,
     max_model_len: MaxModelLen = None,
-    served_model_name: Annotated[str | None, _setting("served_model_name")] = None,
+    max_num_seqs: MaxNumSeqs = None,
+    token_budget: TokenBudget = None,
+    page_size: PageSize = None,
+    kv_cache_bytes: KVCacheBytes = None,
+    prefix_cache: PrefixCache = None,
+    static_batching: StaticBatching = None,
+    host_kernels: HostKernels = None,
+    num_threads: NumThreads = None,
+    served_model_name: ServedModelName = None,
     revision: Revision = None,
+    home: Home = None,
+    drain_timeout_s: DrainTimeout = None,
+    start_timeout_s: StartTimeout = None,
+    request_timeout_s: RequestTimeout = None,
+    max_open_requests: MaxOpenRequests = None,
     config: Config = None,
     log_level: LogLevel = None,
-    log_format: Annotated[str | None, _setting("log_format")] = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Start a cluster and keep it up until it is stopped: Ctrl-C, or `cluster down` from elsewhere."""
     settings = load({name: value for name, value in context.params.items() if name != "config"}, config)
@@ -208,8 +241,8 @@ def cluster_up(
 @cluster.command("status")
 def cluster_status(
     cluster_name: ClusterName = None,
-    store: Annotated[str | None, _setting("store")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON on stdout")] = False,
+    store: StoreUrl = None,
+    as_json: AsJson = False,
     config: Config = None,
 ) -> None:
     """Show a cluster's nodes, workers and shards."""

@@ -13,9 +13,9 @@ from cluster.config import Settings
 from cluster.control.launch import local_worker, socket_folder
 from cluster.control.model import Model, find_model
 from cluster.gateway.chat import load_template
-from cluster.gateway.client import WorkerClient
 from cluster.gateway.fields import validate
 from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from cluster.gateway.pool import Place, WorkerPool
 from cluster.gateway.settings import GatewaySettings, SamplingDefaults
 from cluster.gateway.submit import Texts, encode, make_submits, render_chat
 from cluster.gateway.tokenize import TextTokenizer
@@ -96,12 +96,12 @@ async def complete(settings: Settings, model: Model, prompt: Prompt, *, on_text:
         worker = local_worker(settings, model.path, model.name, folder)
         try:
             await worker.start()
-            async with WorkerClient(worker.launch.address) as client:
-                hello = await client.ready(settings.start_timeout_s)
+            async with WorkerPool([Place("worker", worker.launch.address)], max_resumptions=0) as pool:
+                hello = await pool.ready(settings.start_timeout_s)
                 (submit,) = make_submits(
                     request, texts, reply_id="generate", hello=hello, settings=gateway, timeout_s=timeout_s
                 )
-                return await _collect(client, submit, timeout_s, on_text)
+                return await _collect(pool, submit, timeout_s, on_text)
         finally:
             await worker.stop(STOP_TIMEOUT_S)
 
@@ -128,11 +128,9 @@ def read_prompt(prompt: Prompt, gateway: GatewaySettings) -> tuple[GenerationReq
     return chat, encode(chat, tokenizer, render_chat(chat, template))
 
 
-async def _collect(
-    client: WorkerClient, submit: Submit, timeout_s: float, on_text: Callable[[str], None]
-) -> Completion:
+async def _collect(pool: WorkerPool, submit: Submit, timeout_s: float, on_text: Callable[[str], None]) -> Completion:
     completion = Completion(len(submit.prompt_ids))
-    with client.submit([submit], timeout_s=timeout_s, observer=_Uncounted()) as generation:
+    with pool.submit([submit], timeout_s=timeout_s, observer=_Uncounted()) as generation:
         while outputs := await generation.read():
             for _, output in outputs:
                 completion.token_ids.extend(output.token_ids)

@@ -6,10 +6,11 @@ Names follow vLLM's, which routers and dashboards look for, under our own prefix
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -44,8 +45,8 @@ class GatewayMetrics:
         self._finished = counter("request_success_total", "Sequences finished, by reason", "finished_reason")
         self._aborted = counter("requests_aborted_total", "Requests ended early, by cause", "reason")
         self.open_requests = gauge("http_open_requests", "Generation requests being served or waiting")
-        self.worker_up = gauge("worker_up", "1 while a worker is connected")
-        self.worker_connections = gauge("worker_connections", "Connections made to the worker since the start")
+        self.worker_up = gauge("worker_up", "Workers that are connected")
+        self.worker_connections = gauge("worker_connections", "Connections made to workers since the start")
         self.ttft = histogram("time_to_first_token_seconds", "Arrival to first token", TTFT_BUCKETS_S)
         self.itl = histogram("inter_token_latency_seconds", "Between two steps' tokens", TOKEN_BUCKETS_S)
         self.tpot = histogram(
@@ -133,21 +134,69 @@ ENGINE_METRICS = (
     EngineMetric("engine_forward_seconds", "counter", "Time inside the model", lambda s: s.forward_s),
     EngineMetric("engine_step_seconds", "counter", "Time inside the engine's steps", lambda s: s.step_s),
 )
+NUMBERS = tuple(name for name in EngineState.__struct_fields__ if name != "worker_id")
 
 
 class EngineCollector(Collector):
-    """The worker's numbers, as of the last `EngineState` that was asked for; none while there is no worker."""
+    """The engines' numbers as of the last `update`: each metric summed over the workers, and ``worker_`` before its
+    name for each by itself; none before a worker was there.
+
+    A counter goes on where a worker ended and another process has taken its name: the sum never falls.
+    """
 
     def __init__(self, registry: CollectorRegistry, *, model_name: str) -> None:
         self._model_name = model_name
-        self.state: EngineState | None = None
+        self._current: Mapping[str, EngineState] = {}
+        self._last: dict[str, EngineState] = {}  # what each name said last
+        self._past = EngineState()  # of processes that have ended
+        registry.register(self)
+
+    def update(self, states: Mapping[str, EngineState]) -> None:
+        """`states`: of the workers that answer now, by name."""
+        for name, state in states.items():
+            before = self._last.get(name)
+            if before is not None and before.worker_id != state.worker_id:
+                self._past = _sum([self._past, before])
+            self._last[name] = state
+        self._current = states
+
+    def collect(self) -> Iterable[Metric]:
+        if not self._last:
+            return
+        total, now = _sum([self._past, *self._last.values()]), _sum(self._current.values())
+        for metric in ENGINE_METRICS:
+            family = _family(metric, metric.name, "model_name")
+            family.add_metric((self._model_name,), metric.value(total if metric.kind == "counter" else now))
+            yield family
+        for metric in ENGINE_METRICS:
+            family = _family(metric, f"worker_{metric.name}", "model_name", "worker")
+            for name, state in self._current.items():
+                family.add_metric((self._model_name, name), metric.value(state))
+            yield family
+
+
+def _family(metric: EngineMetric, name: str, *labels: str) -> CounterMetricFamily | GaugeMetricFamily:
+    kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+    return kind(PREFIX + name, metric.text, labels=labels)
+
+
+def _sum(states: Iterable[EngineState]) -> EngineState:
+    values = [msgspec.structs.asdict(state) for state in states]
+    return EngineState(**{name: sum(value[name] for value in values) for name in NUMBERS})
+
+
+class CountCollector(Collector):
+    """Counters that are kept elsewhere and read when they are asked for: name -> (help, value)."""
+
+    def __init__(
+        self, registry: CollectorRegistry, *, model_name: str, counts: Mapping[str, tuple[str, Callable[[], int]]]
+    ) -> None:
+        self._model_name = model_name
+        self._counts = counts
         registry.register(self)
 
     def collect(self) -> Iterable[Metric]:
-        if self.state is None:
-            return
-        for metric in ENGINE_METRICS:
-            family_class = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-            family = family_class(PREFIX + metric.name, metric.text, labels=("model_name",))
-            family.add_metric((self._model_name,), metric.value(self.state))
+        for name, (text, value) in self._counts.items():
+            family = CounterMetricFamily(PREFIX + name, text, labels=("model_name",))
+            family.add_metric((self._model_name,), value())
             yield family

@@ -312,6 +312,7 @@ class OpenLink(Message, frozen=True):
 
     link_id: str  # unique, not to be guessed
     from_name: str
+    worker_id: str = ""  # of the process that is meant; another one at its address refuses; empty: any
 
 
 class LinkOffer(Message, frozen=True):

@@ -25,9 +25,11 @@ from cluster.control.launch import WorkerProcess, local_worker, socket_folder
 from cluster.control.model import Model, find_model
 from cluster.errors import ConfigError
 from cluster.event_loop import loop_factory
-from cluster.gateway.client import WorkerClient
 from cluster.gateway.limits import FLUSH_S
+from cluster.gateway.pool import Place, WorkerPool
 from cluster.gateway.settings import GatewaySettings, SamplingDefaults
+from cluster.gateway.status import PoolStatus, StatusSource
+from cluster.machine import this_machine
 from cluster.protocol import Hello
 
 logger = logging.getLogger(__name__)
@@ -95,40 +97,49 @@ async def serve(settings: Settings, model: Model, listener: socket.socket, start
     with socket_folder() as folder:
         worker = local_worker(settings, model.path, model.name, folder)
         stop = asyncio.Event()
-        _on_signals(stop, lambda: _end_at_once(worker, folder))
-        client = WorkerClient(worker.launch.address)
-        supervise = asyncio.create_task(_supervise(worker, client, settings, listener, started))
+        on_signals(stop, lambda: _end_at_once(worker, folder))
+        pool = WorkerPool([Place("worker", worker.launch.address)])
+        status = PoolStatus(pool, model.name, this_machine().memory_bytes)
+        supervise = asyncio.create_task(_supervise(worker, pool, settings, listener, started))
+
+        def on_drain() -> None:
+            supervise.cancel()  # a worker that ends from here on is not started again, so nothing waits for it
+            pool.stop_resuming()
+
         try:
             await asyncio.sleep(0)  # the worker begins to load while we import and make the gateway
-            await _serve_http(settings, model, client, listener, stop, supervise)
+            await serve_http(settings, model, pool, status, listener, stop, supervise, on_drain)
         finally:
             await worker.stop(WORKER_STOP_TIMEOUT_S)
             await asyncio.gather(supervise, return_exceptions=True)
 
 
-async def _serve_http(
+async def serve_http(
     settings: Settings,
     model: Model,
-    client: WorkerClient,
+    pool: WorkerPool,
+    status: StatusSource,
     listener: socket.socket,
     stop: asyncio.Event,
-    supervise: asyncio.Task[None],
+    background: asyncio.Task[None],
+    on_drain: Callable[[], None] = lambda: None,
 ) -> None:
-    """The gateway, until `stop` or until there can be no worker (which is raised)."""
+    """The gateway, until `stop`, which drains it, or until `background` ends, which raises why there is no worker."""
     from cluster.gateway.app import create_app
     from cluster.gateway.connection import server_config
 
-    app = create_app(gateway_settings(settings, model), client)
+    app = create_app(gateway_settings(settings, model), pool, status)
     gateway = app.state.gateway
     server = _Server(server_config(app, stop_timeout_s=HTTP_STOP_TIMEOUT_S, backlog=BACKLOG))
     http = asyncio.create_task(server.serve(sockets=[listener]))
     stopped = asyncio.create_task(stop.wait())
     try:
-        await asyncio.wait({supervise, http, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if supervise.done():
-            await supervise  # raises why there is no worker
+        await asyncio.wait({background, http, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if background.done():
+            pool.stop_resuming()
+            await background
         if stop.is_set():
-            supervise.cancel()  # a worker that ends from here on is not started again
+            on_drain()
             logger.info(
                 "stopping: what runs may take %g s more; a second signal ends at once", settings.drain_timeout_s
             )
@@ -152,7 +163,7 @@ def gateway_settings(settings: Settings, model: Model) -> GatewaySettings:
     )
 
 
-def _on_signals(stop: asyncio.Event, at_once: Callable[[], None]) -> None:
+def on_signals(stop: asyncio.Event, at_once: Callable[[], None]) -> None:
     for number in SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, lambda: at_once() if stop.is_set() else stop.set())
 
@@ -164,11 +175,11 @@ def _end_at_once(worker: WorkerProcess, folder: Path) -> None:
 
 
 async def _supervise(
-    worker: WorkerProcess, client: WorkerClient, settings: Settings, listener: socket.socket, started: float
+    worker: WorkerProcess, pool: WorkerPool, settings: Settings, listener: socket.socket, started: float
 ) -> None:
     """Start the worker, say so when it serves, and keep it alive."""
     await worker.start()
-    hello = await client.ready(settings.start_timeout_s)
+    hello = await pool.ready(settings.start_timeout_s)
     announce(hello, base_url(listener), settings, time.monotonic() - started)
     await worker.watch()
 

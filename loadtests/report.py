@@ -25,7 +25,8 @@ GIT_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure. `value` None: it was not measured, and `reason` says why. Shares and ratios are fractions.
+    """One figure. `value` None: it was not measured, and `reason` says why; a count of 0 may have one too. Shares and
+    ratios are fractions.
 
     `baseline` is the same figure of what it is compared with; `note` names that and its settings. `goal` is for the
     table only.
@@ -42,7 +43,7 @@ class Row:
     goal: str = ""
 
     def __post_init__(self) -> None:
-        assert (self.value is None) == bool(self.reason), "a row has a value, or a reason for none"
+        assert bool(self.reason) == (self.value is None) or self.value == 0, "a row has a value, or a reason for none"
 
     @property
     def ratio(self) -> float | None:

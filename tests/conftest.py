@@ -39,6 +39,13 @@ def _demo() -> str:
     return "" if model.is_file() else "the demo model is not in workers/demo/model"
 
 
+def _traces() -> str:
+    from cluster.config import load
+
+    folder = load().data / "azure_llm_2023"
+    return "" if folder.is_dir() else f"no traces in {folder.parent} (FORETOKEN_DATA)"
+
+
 MISSING: dict[str, Callable[[], str]] = {  # tool -> why it cannot be used here; "": it can
     "compiler": _program("c++", "g++", "clang++"),
     "cuda": _cuda,
@@ -49,8 +56,10 @@ MISSING: dict[str, Callable[[], str]] = {  # tool -> why it cannot be used here;
     "make": _program("make"),
     "openai": _package("openai"),
     "packages": lambda: "" if "packages" in _required() else "it downloads 0.2 GB: promise packages to run it",
+    "ray": _package("ray"),
     "redis": _program("redis-server"),
     "scipy": _package("scipy"),
+    "traces": _traces,
     "transformers": _package("transformers"),
 }
 CACHED = {tool: cache(check) for tool, check in MISSING.items()}

@@ -12,18 +12,22 @@ from pathlib import Path
 import torch
 
 from cluster.errors import ConfigError
-from cluster.protocol import Launch
+from cluster.protocol import Launch, Peer
 from workers.cache.kv_cache import page_bytes
 from workers.engine import Engine, EngineOptions
 from workers.experts.backend import LocalExperts
+from workers.experts.exchange import PeerLink
+from workers.experts.host import ExpertHost
+from workers.experts.routed import RoutedExperts
+from workers.experts.shard import ExpertIds, Shard
 from workers.kernels.build import build_host_kernels
 from workers.kernels.native import HostKernels
 from workers.models.decoder import Decoder
-from workers.models.loader import eos_token_ids, load_model
+from workers.models.loader import empty_weights, eos_token_ids, load_experts, load_model, open_checkpoint
 from workers.models.spec import ModelSpec
 from workers.models.tokenizer import Tokenizer
-from workers.models.weights import ModelWeights, MoEWeights
-from workers.numerics import detect
+from workers.models.weights import DenseWeights, ModelWeights, MoEWeights
+from workers.numerics import Numerics, detect
 from workers.scheduler import SchedulerOptions
 
 log = logging.getLogger(__name__)
@@ -35,7 +39,8 @@ KV_SHARE = 0.5  # of what is free once the weights are loaded
 @dataclass(frozen=True)
 class BuiltEngine:
     engine: Engine
-    num_parameters: int
+    num_parameters: int  # of the whole model
+    experts: RoutedExperts | None = None  # of the role attention: the engine steps while they are `ready`
 
 
 def resolve_device(name: str) -> torch.device:
@@ -70,15 +75,19 @@ def free_bytes(launch: Launch, device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
-def product_shapes(weights: ModelWeights) -> list[tuple[int, int]]:
-    """The distinct [out, in] shapes of a model's products; of a wide vocabulary a part stands for the whole."""
+def product_shapes(spec: ModelSpec) -> list[tuple[int, int]]:
+    """The distinct [out, in] shapes of a model's products; of a wide vocabulary a part stands for the whole.
+
+    Of all of them, whatever part of the model a worker has: so all of a kind find the same numerics.
+    """
+    weights = empty_weights(spec, torch.device("meta"), torch.float32)
     matrices = [weights.lm_head[:8192]]
     for layer in weights.layers:
         matrices += [layer.attention.qkv, layer.attention.out]
-        if isinstance(layer.mlp, MoEWeights):
-            matrices += [layer.mlp.router, layer.mlp.experts.gate_up[0], layer.mlp.experts.down[0]]
-        else:
+        if isinstance(layer.mlp, DenseWeights):
             matrices += [layer.mlp.gate_up, layer.mlp.down]
+        elif layer.mlp.experts is not None:
+            matrices += [layer.mlp.router, layer.mlp.experts.gate_up[0], layer.mlp.experts.down[0]]
     return sorted({(matrix.shape[0], matrix.shape[1]) for matrix in matrices})
 
 
@@ -122,35 +131,43 @@ def host_kernels(launch: Launch) -> HostKernels | None:
         return None
 
 
-def build_engine(launch: Launch, progress: Callable[[int, int], None] | None = None) -> BuiltEngine:
-    """Load the checkpoint that `launch` names and make its engine.
-
-    Raises `ConfigError` for options that this machine or checkpoint cannot meet, `CheckpointError` for the rest.
-    """
-    if launch.num_threads is not None:
-        torch.set_num_threads(launch.num_threads)
-    device = resolve_device(launch.device)
-    path = Path(launch.model_path)
-    # bf16 products on a CPU can be a hundred times slower than fp32, and are never needed for parity.
-    dtype = torch.float32 if device.type == "cpu" else None
-    free = free_bytes(launch, device)
-    spec, weights = load_model(
-        path,
-        device=device,
-        dtype=dtype,
-        progress=progress,
-        limit_bytes=int(free * WEIGHTS_SHARE),
-        laid_out=device.type == "cpu",
-    )
-    dtype = weights.embedding.dtype
-    native = None
-    if device.type == "cpu":
-        native = host_kernels(launch)
-    numerics = detect(launch.numerics, device, dtype, product_shapes(weights), native)
+def find_numerics(launch: Launch, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Numerics:
+    """The numerics of a worker, the same for every role on one machine. Raises `ConfigError`."""
+    native = host_kernels(launch) if device.type == "cpu" else None
+    numerics = detect(launch.numerics, device, dtype, product_shapes(spec), native)
     if launch.numerics == "invariant" and numerics.name == "fast":
         raise ConfigError("this processor and torch build give no batch-invariant products", param="numerics")
     if launch.numerics == "auto" and device.type == "cpu" and numerics.name == "fast":
         log.warning("this processor and torch build give no batch-invariant products: numerics class is 'fast'")
+    return numerics
+
+
+def build_engine(
+    launch: Launch,
+    progress: Callable[[int, int], None] | None = None,
+    open_link: Callable[[Peer], PeerLink] | None = None,
+) -> BuiltEngine:
+    """Load the checkpoint that `launch` names and make its engine, for the roles all and attention.
+
+    The role attention leaves the routed experts out, and `open_link` is how it reaches those who have them. Raises
+    `ConfigError` for options that this machine or checkpoint cannot meet, `CheckpointError` for the rest.
+    """
+    is_whole = launch.role == "all"
+    if launch.num_threads is not None:
+        torch.set_num_threads(launch.num_threads)
+    device = resolve_device(launch.device)
+    path = Path(launch.model_path)
+    free = free_bytes(launch, device)
+    spec, weights = load_model(
+        path,
+        device=device,
+        progress=progress,
+        limit_bytes=int(free * WEIGHTS_SHARE),
+        laid_out=device.type == "cpu",
+        with_experts=is_whole,
+    )
+    dtype = weights.embedding.dtype
+    numerics = find_numerics(launch, spec, device, dtype)
     max_model_len = resolve_max_model_len(launch, spec)
     options = EngineOptions(
         max_model_len=max_model_len,
@@ -163,12 +180,37 @@ def build_engine(launch: Launch, progress: Callable[[int, int], None] | None = N
             static_batching=launch.static_batching,
         ),
     )
-    experts = LocalExperts(
-        [layer.mlp.experts if isinstance(layer.mlp, MoEWeights) else None for layer in weights.layers], numerics
-    )
+    experts: LocalExperts | RoutedExperts
+    if is_whole:
+        layers = [layer.mlp.experts if isinstance(layer.mlp, MoEWeights) else None for layer in weights.layers]
+        experts = LocalExperts(layers, numerics)
+    else:
+        assert open_link is not None, "an attention worker needs a way to reach experts"
+        experts = RoutedExperts(spec, numerics, launch.peer_timeout_s, open_link)
     decoder = Decoder(spec, weights, experts, numerics, num_positions=max_model_len)
     engine = Engine(decoder, Tokenizer(path), eos_token_ids(path), options, model_name=launch.served_name)
-    return BuiltEngine(engine, num_parameters(weights))
+    whole = weights if is_whole else empty_weights(spec, torch.device("meta"), dtype)
+    return BuiltEngine(engine, num_parameters(whole), experts if isinstance(experts, RoutedExperts) else None)
+
+
+def build_expert_host(launch: Launch) -> ExpertHost:
+    """An expert worker's host of the checkpoint that `launch` names, still empty. Raises as `build_engine` does."""
+    if launch.num_threads is not None:
+        torch.set_num_threads(launch.num_threads)
+    device = resolve_device(launch.device)
+    checkpoint = open_checkpoint(Path(launch.model_path), device)
+    spec, dtype = checkpoint.spec, checkpoint.dtype
+    if not any(spec.num_experts):
+        raise ConfigError(f"{launch.model_path} is a dense model: it has no experts for a worker to hold", param="role")
+
+    def load(expert_ids: ExpertIds, limit_bytes: int) -> Shard:
+        laid_out = device.type == "cpu"
+        return load_experts(
+            checkpoint.path, expert_ids, device=device, dtype=dtype, limit_bytes=limit_bytes, laid_out=laid_out
+        )
+
+    limit_bytes = int(free_bytes(launch, device) * WEIGHTS_SHARE)
+    return ExpertHost(load, spec, find_numerics(launch, spec, device, dtype), limit_bytes)
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:
@@ -185,9 +227,9 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
 
 def weight_bytes(weights: ModelWeights) -> int:
     """Memory of the distinct tensors; a tied embedding counts once."""
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in _tensors(weights)}.values())
+    return sum({id(tensor): tensor.nbytes for tensor in _tensors(weights)}.values())
 
 
 def num_parameters(weights: ModelWeights) -> int:
     """Distinct parameters."""
-    return sum({tensor.data_ptr(): tensor.numel() for tensor in _tensors(weights)}.values())
+    return sum({id(tensor): tensor.numel() for tensor in _tensors(weights)}.values())

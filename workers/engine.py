@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from msgspec import structs
 
-from cluster.errors import DeadlineError, EngineError, ForetokenError, InvalidValueError
+from cluster.errors import DeadlineError, EngineError, ForetokenError, InvalidValueError, PeerLostError
 from cluster.protocol import EngineState, Finish, RequestOutput, StepOutput, Submit, TokenLogprobs, TopLogprob
 from workers.batch import Batcher, first_logit_row
 from workers.cache.kv_cache import KVCache
@@ -79,6 +79,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._outputs: list[RequestOutput] = []  # made outside a step, or so far in this one
         self._state = EngineState()
+        self.stalled = False  # the latest step could not run for want of experts
 
     # ------------------------------------------------------------------------------------------------ the interface
 
@@ -212,10 +213,14 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> StepOutput:
-        """Run one fused forward pass over what the scheduler picked; an empty output when idle."""
+        """Run one fused forward pass over what the scheduler picked; an empty output when idle.
+
+        Where experts are out of reach it is `stalled`: no request has moved, and the next step tries again.
+        """
         started = time.perf_counter()
         self._expire()
         plan = self._scheduler.schedule()
+        self.stalled = False
         if plan.scheduled:
             try:
                 logits_from = [first_logit_row(item.request, item.num_tokens) for item in plan.scheduled]
@@ -228,11 +233,23 @@ class Engine:
                 self._commit(plan, sampled)
                 num_generated = sum(1 for row in sampled if row is not None)
                 self._count(plan, num_prompt, num_generated, forward_s, time.perf_counter() - started)
+            except PeerLostError as error:  # left the forward pass: nothing is sampled, nothing committed
+                log.warning("a step of %d sequences waits for experts: %s", len(plan.scheduled), error.message)
+                self.stalled = True
             except Exception as error:
                 log.exception("a step of %d sequences failed", len(plan.scheduled))
                 self._fail(plan, error)
-        outputs, self._outputs = self._outputs, []
-        return StepOutput(outputs=outputs)
+        return self._collect()
+
+    def tend(self) -> StepOutput:
+        """What needs no forward pass: end whom their deadline has passed, hand over what was made between steps."""
+        self._expire()
+        return self._collect()
+
+    def give_up(self, arrived_by: float, error: ForetokenError) -> None:
+        """End with `error` the requests that arrived by then (`time.monotonic()` seconds)."""
+        for request in [request for request in self._requests.values() if request.arrival <= arrived_by]:
+            self._end(request, Finish(reason="error", error_code=error.code, error_message=error.message))
 
     @property
     def has_work(self) -> bool:
@@ -253,6 +270,10 @@ class Engine:
         )
 
     # ----------------------------------------------------------------------------------------------- parts of a step
+
+    def _collect(self) -> StepOutput:
+        outputs, self._outputs = self._outputs, []
+        return StepOutput(outputs=outputs)
 
     def _sample(self, plan: StepPlan, logits_from: Sequence[int], logits: torch.Tensor) -> list[SampledRow | None]:
         """The next token of each item that computed its whole sequence; None for the others."""

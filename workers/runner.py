@@ -5,33 +5,48 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
-from cluster.errors import DrainingError, ForetokenError
+from cluster.errors import DrainingError, ForetokenError, PeerLostError
 from cluster.protocol import EngineState, Finish, RequestOutput, StepOutput
 from workers.engine import Engine
 from workers.request import Request
 
 log = logging.getLogger(__name__)
 
-IDLE_WAIT_S = 0.25  # how often an idle engine looks at deadlines
+IDLE_WAIT_S = 0.25  # how often an engine that runs no steps looks at deadlines
 
 
 class EngineRunner:
     """Runs `Engine.step` while there is work. All methods may be called from any thread."""
 
     def __init__(
-        self, engine: Engine, publish: Callable[[StepOutput], None], die: Callable[[], None] = lambda: os._exit(1)
+        self,
+        engine: Engine,
+        publish: Callable[[StepOutput], None],
+        die: Callable[[], None] = lambda: os._exit(1),
+        can_step: Callable[[], bool] = lambda: True,
+        reroute_timeout_s: float = 30.0,
     ) -> None:
-        """`publish` gets each step's output, in order, on the engine's thread; `die` ends the process at a fault."""
+        """`publish` gets each step's output, in order, on the engine's thread; `die` ends the process at a fault.
+
+        While `can_step` says no (`wake` when that changes), requests wait: before it first said yes for as long as
+        their deadlines allow, later for `reroute_timeout_s`; then they end with `peer_lost`.
+        """
         self._engine = engine
         self._publish = publish
         self._die = die
+        self._can_step = can_step
+        self._reroute_timeout_s = reroute_timeout_s
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
+        self._woken = False
         self._stopping = False
         self._draining = False
+        self._has_stepped = False
+        self._stalled_since: float | None = None  # while there is work and no step succeeds
         self._snapshot = engine.snapshot()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -44,6 +59,12 @@ class EngineRunner:
 
     def abort(self, request_id: str) -> None:
         self._post(lambda: self._engine.abort(request_id))
+
+    def wake(self) -> None:
+        """Look at `can_step` again."""
+        with self._wake:
+            self._woken = True
+            self._wake.notify()
 
     def drain(self) -> None:
         """Refuse new requests from now on; what runs goes on."""
@@ -91,16 +112,41 @@ class EngineRunner:
     def _loop(self) -> None:
         while True:
             with self._wake:
-                if not self._inbox and not self._engine.has_work and not self._stopping:
+                if not (self._inbox or self._woken or self._stopping or self._has_a_step()):
                     self._wake.wait(IDLE_WAIT_S)
+                self._woken = False
                 if self._stopping:
                     return
             while self._inbox:
                 self._inbox.popleft()()
-            output = self._engine.step()
+            output = self._advance()
             self._snapshot = self._engine.snapshot()
             if output.outputs:
                 self._publish(output)
+
+    def _has_a_step(self) -> bool:
+        return self._engine.has_work and self._can_step() and not self._engine.stalled
+
+    def _advance(self) -> StepOutput:
+        """A step; while experts are out of reach, what goes without one."""
+        self._give_up_the_late()
+        if self._can_step():
+            self._has_stepped = True
+            output, stalled = self._engine.step(), self._engine.stalled
+        else:
+            output, stalled = self._engine.tend(), self._has_stepped
+        if not stalled or not self._engine.has_work:
+            self._stalled_since = None
+        elif self._stalled_since is None:
+            self._stalled_since = time.monotonic()
+        return output
+
+    def _give_up_the_late(self) -> None:
+        """End whoever was there when the stall began, once it lasts too long; who came later has its own time."""
+        arrived_by = time.monotonic() - self._reroute_timeout_s
+        if self._stalled_since is not None and self._stalled_since <= arrived_by:
+            message = f"experts that this request needs were out of reach for {self._reroute_timeout_s:g} s; try again"
+            self._engine.give_up(arrived_by, PeerLostError(message))
 
 
 def refusal(request_id: str, error: ForetokenError) -> StepOutput:

@@ -1,7 +1,8 @@
-"""`python -m workers.server`: serves one engine over gRPC. Holds no decisions.
+"""`python -m workers.server`: serves one engine, or some experts, over gRPC. Holds no decisions.
 
-Its options are one `Launch` message, JSON, on the first line of standard input. It answers `State` once the model is
-loaded; SIGTERM lets what runs finish, a second signal or the end of standard input (the parent is gone) ends it.
+Its options are one `Launch` message, JSON, on the first line of standard input. It answers `State` once it serves;
+SIGTERM lets what runs finish, a second signal ends it at once. A child of its launcher (`exit_with_parent`) ends with
+standard input; any other worker outlives whoever started it, and ends when its controller stays away (`Lease`).
 """
 
 from __future__ import annotations
@@ -11,234 +12,183 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
 
 import grpc
+import grpc.aio
 import msgspec
 
-from cluster.errors import EngineError, ForetokenError
-from cluster.protocol import (
-    PROTOCOL_VERSION,
-    SERVICE,
-    EngineState,
-    Finish,
-    FromWorker,
-    Grammar,
-    Hello,
-    Launch,
-    RequestOutput,
-    StepOutput,
-    Submit,
-    ToWorker,
-)
-from workers.build import BuiltEngine, build_engine
+from cluster.errors import ConfigError, ForetokenError
+from cluster.protocol import SERVICE, Announcement, EngineState, Launch, WorkerReport
+from workers.auth import TokenCheck
+from workers.build import BuiltEngine, build_engine, build_expert_host
 from workers.console import loading_progress, set_up_logging
-from workers.runner import EngineRunner, refusal
-from workers.sampling.guided import CompiledGrammar, GrammarCompiler
+from workers.control import ControlService
+from workers.experts.exchange import LinkServer
+from workers.experts.host import ExpertHost
+from workers.lease import Lease
+from workers.links import ExpertService, link_opener
+from workers.orders import HeldExperts, Subject, TakenRoutes
+from workers.streams import StreamService
 
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 256 << 20
-MAX_QUEUED_MESSAGES = 16_384  # to one gateway; each is a step's
+OPEN_PATIENCE = 2.0  # in `peer_timeout_s`: a peer that was offered a link reads the offer, then comes
+DRAIN_POLL_S = 0.02
+GRACE_S = 0.2  # for calls under way when the server stops
 # The event loop and the engine share an interpreter: a waiting engine thread must not wait the default 5 ms for it.
 SWITCH_INTERVAL_S = 0.0005
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
 
 
-class _Stream:
-    """One gateway's open stream: its requests and what is on the way to it."""
+class Service(Protocol):
+    """What a worker does: run requests (`StreamService`), or experts for those who do (`ExpertService`)."""
 
-    def __init__(self) -> None:
-        self.request_ids: set[str] = set()
-        self.compiling: dict[str, asyncio.Task[None]] = {}
-        self._outputs: asyncio.Queue[FromWorker | None] = asyncio.Queue()
+    def handlers(self) -> Mapping[str, Any]: ...
 
-    def put(self, message: FromWorker) -> None:
-        """Queue a message; a gateway that has stopped reading is cut off rather than waited for."""
-        if self._outputs.qsize() < MAX_QUEUED_MESSAGES:
-            self._outputs.put_nowait(message)
-        elif self._outputs.qsize() == MAX_QUEUED_MESSAGES:
-            log.error("a stream is closed: its gateway reads nothing, %d messages wait for it", MAX_QUEUED_MESSAGES)
-            self.end()
+    def start(self) -> None: ...
 
-    def end(self) -> None:
-        self._outputs.put_nowait(None)
+    def state(self) -> EngineState: ...
 
-    async def get(self) -> FromWorker | None:
-        """The next message; None at the end."""
-        return await self._outputs.get()
+    def drain(self) -> None: ...
+
+    @property
+    def idle(self) -> bool: ...
+
+    async def close(self) -> None: ...
 
 
-class WorkerService:
-    """Carries messages between streams and the engine's thread. Lives on the event loop."""
+class Worker:
+    """One worker's server, from its start to its end."""
 
-    def __init__(self, built: BuiltEngine, hello: Hello) -> None:
-        self.hello = hello
-        self._engine = built.engine
-        self._compiler = GrammarCompiler(built.engine.tokenizer, built.engine.eos_token_ids)
+    def __init__(self, launch: Launch, built: BuiltEngine | ExpertHost) -> None:
+        self._launch = launch
+        self._worker_id = uuid.uuid4().hex
+        self._address = launch.address
+        self._lease = Lease(launch.orphan_timeout_s)
         self._loop = asyncio.get_running_loop()
-        self.runner = EngineRunner(built.engine, self._publish)
-        self._owners: dict[str, _Stream] = {}
+        self._stop, self._now = asyncio.Event(), asyncio.Event()
+        self._service: Service
+        self._control: ControlService | None = None
+        if isinstance(built, ExpertHost):
+            links = LinkServer(launch.tensor_host, OPEN_PATIENCE * launch.peer_timeout_s)
+            self._service = ExpertService(built, links, self._worker_id)
+            self._control = self._controlled(HeldExperts(built))
+        else:
+            streams = self._service = StreamService(built, launch, self._worker_id)
+            if built.experts is not None:
+                control = self._control = self._controlled(TakenRoutes(built.experts))
 
-    def _publish(self, output: StepOutput) -> None:
-        """On the engine's thread."""
-        self._loop.call_soon_threadsafe(self._dispatch, output)
+                def on_change() -> None:
+                    streams.runner.wake()
+                    control.notify()
 
-    def _dispatch(self, output: StepOutput) -> None:
-        """Give each stream its part of a step."""
-        parts: dict[int, tuple[_Stream, list[RequestOutput]]] = {}
-        for item in output.outputs:
-            stream = self._owners.get(item.request_id)
-            if stream is None:  # its gateway has gone
-                continue
-            parts.setdefault(id(stream), (stream, []))[1].append(item)
-            if item.finish is not None:
-                del self._owners[item.request_id]
-                stream.request_ids.discard(item.request_id)
-        for stream, outputs in parts.values():
-            stream.put(StepOutput(outputs=outputs))
+                built.experts.on_change = on_change
 
-    async def stream(self, messages: AsyncIterator[bytes], _context: object) -> AsyncIterator[bytes]:
-        """The bidirectional stream: `Hello`, then a `StepOutput` for each step that concerns this gateway."""
-        stream = _Stream()
-        reader = asyncio.create_task(self._read(stream, messages))
+    def _controlled(self, subject: Subject) -> ControlService:
+        return ControlService(
+            subject, self._lease, report=self._report, stop=self._stop.set, heartbeat_s=self._launch.heartbeat_s
+        )
+
+    async def run(self) -> None:
+        """Serve until SIGTERM, SIGINT or `Stop`, then let what runs finish for `drain_timeout_s`.
+
+        Raises `ConfigError` where the address cannot be had, or nothing can be written to `announce_path`.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._signalled)
+        server = self._server()
+        self._service.start()
+        await server.start()
         try:
-            yield _encode(self.hello)
-            while (message := await stream.get()) is not None:
-                yield _encode(message)
+            self._lease.start()
+            self._announce()
+            await self._stop.wait()
+            self._service.drain()
+            deadline = self._loop.time() + self._launch.drain_timeout_s
+            while not self._service.idle and not self._now.is_set() and self._loop.time() < deadline:
+                await asyncio.sleep(DRAIN_POLL_S)
         finally:
-            reader.cancel()
-            self._close(stream)
+            await server.stop(grace=GRACE_S)
+            await self._service.close()
 
-    async def _read(self, stream: _Stream, messages: AsyncIterator[bytes]) -> None:
+    def _signalled(self) -> None:
+        (self._now if self._stop.is_set() else self._stop).set()
+
+    def _server(self) -> grpc.aio.Server:
+        """A server on our address, not started; the port is known after this."""
+        launch = self._launch
+        server = grpc.aio.server(
+            interceptors=[TokenCheck(launch.token)] if launch.token is not None else [],
+            options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)],
+        )
+        handlers = {
+            **self._service.handlers(),
+            **(self._control.handlers() if self._control is not None else {}),
+            "State": grpc.unary_unary_rpc_method_handler(self._state, response_serializer=_encode),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         try:
-            async for body in messages:
-                self._take(stream, _decode_to_worker(body))
-        except msgspec.DecodeError as error:
-            log.error("a stream is closed: it sent a message that is none of the protocol's: %s", error)
-        finally:
-            stream.end()
+            port = server.add_insecure_port(launch.address)
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {launch.address}: {error}", param="address") from error
+        if not launch.address.startswith("unix:"):
+            self._address = f"{launch.address.rpartition(':')[0]}:{port}"
+        return server
 
-    def _take(self, stream: _Stream, message: ToWorker) -> None:
-        if isinstance(message, Submit):
-            self._submit(stream, message)
-        elif self._owners.get(message.request_id) is stream:  # nobody ends another gateway's requests
-            self._abort(stream, message.request_id)
+    async def _state(self, _request: bytes, _context: object) -> EngineState:
+        return self._service.state()
 
-    def _submit(self, stream: _Stream, submit: Submit) -> None:
-        if submit.request_id in self._owners:
-            stream.put(refusal(submit.request_id, ForetokenError(f"request id {submit.request_id!r} is taken")))
-            return
-        self._owners[submit.request_id] = stream
-        stream.request_ids.add(submit.request_id)
-        if submit.sampling.grammar is None:
-            self._start(submit, None)
-            return
-        task = asyncio.create_task(self._compile_and_start(submit, submit.sampling.grammar))
-        stream.compiling[submit.request_id] = task
-        task.add_done_callback(lambda _: stream.compiling.pop(submit.request_id, None))
+    def _report(self) -> WorkerReport:
+        return WorkerReport(
+            worker_id=self._worker_id,
+            name=self._launch.name,
+            role=self._launch.role,
+            node_id=self._launch.node_id,
+            pid=os.getpid(),
+            address=self._address,
+            epoch=0,
+            state=self._service.state(),
+        )
 
-    def _abort(self, stream: _Stream, request_id: str) -> None:
-        task = stream.compiling.pop(request_id, None)
-        if task is None:
-            self.runner.abort(request_id)
-            return
-        task.cancel()  # the engine has not heard of it: its terminal event is ours to send
-        output = RequestOutput(request_id=request_id, index=0, finish=Finish(reason="abort"))
-        self._dispatch(StepOutput(outputs=[output]))
+    def _announce(self) -> None:
+        if self._launch.announce_path is not None:
+            announcement = Announcement(pid=os.getpid(), address=self._address, worker_id=self._worker_id)
+            write_whole(Path(self._launch.announce_path), msgspec.json.encode(announcement))
 
-    async def _compile_and_start(self, submit: Submit, grammar: Grammar) -> None:
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A reader finds all of `content` or what was there before; only this user may read it. Raises `ConfigError`."""
+    try:
+        file, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # with mode 0600
         try:
-            compiled = await asyncio.wrap_future(self._compiler.submit(grammar))
-        except Exception as error:
-            self._refuse(submit, error)
-            return
-        self._start(submit, compiled)
-
-    def _start(self, submit: Submit, compiled: CompiledGrammar | None) -> None:
-        try:
-            matcher = compiled.matcher() if compiled is not None else None
-            self.runner.submit(self._engine.request_from(submit, matcher))
-        except Exception as error:
-            self._refuse(submit, error)
-
-    def _refuse(self, submit: Submit, error: Exception) -> None:
-        """End one request, whatever was wrong with it, and nothing else on its stream."""
-        if not isinstance(error, ForetokenError):
-            log.error("request %s could not be started", submit.request_id, exc_info=error)
-            error = EngineError(f"the request could not be started: {type(error).__name__}")
-        self._dispatch(refusal(submit.request_id, error))
-
-    def _close(self, stream: _Stream) -> None:
-        """A gateway is gone: whatever it had running is of no use to anybody."""
-        for task in list(stream.compiling.values()):
-            task.cancel()
-        for request_id in stream.request_ids:
-            self._owners.pop(request_id, None)
-            self.runner.abort(request_id)
-        stream.request_ids.clear()
-
-    def close(self) -> None:
-        """End the processes that check grammars."""
-        self._compiler.close()
-
-    async def state(self, _request: bytes, _context: object) -> EngineState:
-        return msgspec.structs.replace(self.runner.snapshot(), worker_id=self.hello.worker_id)
+            with os.fdopen(file, "wb") as stream:
+                stream.write(content)
+            os.replace(name, path)
+        except OSError:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}", param="announce_path") from error
 
 
-def _handlers(service: WorkerService) -> grpc.GenericRpcHandler:
-    return grpc.method_handlers_generic_handler(
-        SERVICE,
-        {
-            "Stream": grpc.stream_stream_rpc_method_handler(service.stream),
-            "State": grpc.unary_unary_rpc_method_handler(service.state, response_serializer=_encode),
-        },
-    )
+def build(launch: Launch) -> BuiltEngine | ExpertHost:
+    """What the worker's role asks for. Raises `ConfigError` and `CheckpointError`."""
+    if launch.role == "expert":
+        return build_expert_host(launch)
+    open_link = link_opener(launch) if launch.role == "attention" else None
+    return build_engine(launch, loading_progress(launch), open_link=open_link)
 
 
-def make_hello(launch: Launch, built: BuiltEngine) -> Hello:
-    engine, spec = built.engine, built.engine.decoder.spec
-    return Hello(
-        version=PROTOCOL_VERSION,
-        worker_id=uuid.uuid4().hex,
-        served_name=launch.served_name,
-        max_model_len=engine.options.max_model_len,
-        vocab_size=spec.vocab_size,
-        eos_token_ids=engine.eos_token_ids,
-        numerics=engine.decoder.numerics.name,
-        num_pages=engine.options.num_pages,
-        page_size=engine.options.page_size,
-        model_type=spec.family,
-        num_parameters=built.num_parameters,
-        num_experts=spec.moe.num_experts if spec.moe is not None else 0,
-        num_layers=len(spec.layers),
-    )
-
-
-async def serve(launch: Launch, built: BuiltEngine) -> None:
-    """Serve until SIGTERM or SIGINT, then let what runs finish for `drain_timeout_s`; a second signal ends at once."""
-    service = WorkerService(built, make_hello(launch, built))
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)])
-    server.add_generic_rpc_handlers((_handlers(service),))
-    server.add_insecure_port(launch.address)
-    stop, now = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: now.set() if stop.is_set() else stop.set())
-    service.runner.start()
-    await server.start()
-    await stop.wait()
-    service.runner.drain()
-    deadline = loop.time() + launch.drain_timeout_s
-    while not service.runner.idle and not now.is_set() and loop.time() < deadline:
-        await asyncio.sleep(0.02)
-    await server.stop(grace=0.2)
-    await asyncio.to_thread(service.runner.stop, 2.0)
-    service.close()
+async def _run(launch: Launch, built: BuiltEngine | ExpertHost) -> None:
+    await Worker(launch, built).run()
 
 
 def _watch_parent() -> None:
@@ -258,14 +208,23 @@ def main() -> None:
     set_up_logging(launch.log_level, launch.log_format)
     if launch.exit_with_parent:
         _watch_parent()
+    else:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # its launcher's terminal may close
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
-        built = build_engine(launch, loading_progress(launch))
+        asyncio.run(_run(launch, build(launch)))
     except ForetokenError as error:
         # One line that the launcher shows as it is; a traceback would hide what the user can do.
         print(f"error: {error.message}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
-    asyncio.run(serve(launch, built))
+    if launch.role != "all":
+        _exit()
+
+
+def _exit() -> NoReturn:
+    """End without the interpreter's own end: threads that wait inside gloo for a peer would not outlive it in peace."""
+    logging.shutdown()
+    os._exit(0)
 
 
 def _read_line() -> bytes:

@@ -25,9 +25,9 @@ GIB = 2**30
 class Demand:
     """What is to be served. Raises `InvalidValueError` where a number is out of range."""
 
-    load: tuple[tuple[float, ...], ...]  # [MoE layers][experts], in any one unit, such as tokens/s
+    load: tuple[tuple[float, ...], ...]  # [MoE layers][experts], in any one unit, such as tokens/s; (): a dense model
     expert_bytes: int  # one expert of one layer
-    num_expert_workers: int  # at most; fewer where the nodes have room for fewer
+    num_expert_workers: int  # at most; fewer where the nodes have room for fewer; 0 for a dense model
     num_attention_workers: int
     attention_bytes: int  # an attention worker's weights and working space
     kv_bytes: int  # KV room that an attention worker has at least
@@ -37,7 +37,7 @@ class Demand:
     def __post_init__(self) -> None:
         for name, least in (
             ("expert_bytes", 1),
-            ("num_expert_workers", 1),
+            ("num_expert_workers", 1 if self.load else 0),
             ("num_attention_workers", 1),
             ("attention_bytes", 0),
             ("kv_bytes", 0),
@@ -47,7 +47,9 @@ class Demand:
             value = getattr(self, name)
             if not least <= value < math.inf:
                 raise InvalidValueError(f"{name} must be at least {least}, not {value}", param=name)
-        if not self.num_experts or not all(0.0 <= load < math.inf for row in self.load for load in row):
+        if bool(self.num_experts) != bool(self.num_expert_workers) or not all(
+            0.0 <= load < math.inf for row in self.load for load in row
+        ):
             raise InvalidValueError("load needs a finite number of at least 0 for each expert", param="load")
 
     @property

@@ -33,6 +33,8 @@ class Node:
     failure_domain: str
     host_memory_bytes: int
     devices: tuple[Device, ...]
+    num_cores: int = 0  # of its machine, that workers may use; 0: not known
+    machine: str = ""  # its name, where nodes share one and its cores; "": the node is a machine by itself
 
     @property
     def compute_devices(self) -> tuple[Device, ...]:
@@ -90,7 +92,7 @@ def local_topology(num_nodes: int = 1, machine: Machine | None = None) -> Topolo
     host = platform.node() or "localhost"
     names = [host] if num_nodes == 1 else [f"{host}-{i}" for i in range(num_nodes)]
     devices = (Device("cpu", "cpu", memory_bytes),)
-    return Topology(tuple(Node(name, name, memory_bytes, devices) for name in names))
+    return Topology(tuple(Node(name, name, memory_bytes, devices, machine.num_usable_cores, host) for name in names))
 
 
 def _no_twins(what: str, names: Sequence[object]) -> None:

@@ -12,28 +12,30 @@ from starlette.exceptions import HTTPException
 
 from cluster.errors import ForetokenError
 from cluster.gateway.capabilities import capabilities
-from cluster.gateway.client import WorkerClient
+from cluster.gateway.dashboard import page_routes
 from cluster.gateway.middleware import RequestContext
 from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest
+from cluster.gateway.pool import WorkerPool
 from cluster.gateway.replies import JSONBytes, error_response, openai_error
 from cluster.gateway.service import Gateway, model_not_found
 from cluster.gateway.settings import GatewaySettings
-
-STATE_TIMEOUT_S = 1.0
+from cluster.gateway.status import STATE_TIMEOUT_S, PoolStatus, StatusSource, cluster_body
 
 router = APIRouter()
 
 
-def create_app(settings: GatewaySettings, worker: WorkerClient, registry: CollectorRegistry | None = None) -> FastAPI:
+def create_app(settings: GatewaySettings, pool: WorkerPool, status: StatusSource | None = None) -> FastAPI:
     """The gateway as an ASGI application. `app.state.gateway.begin_drain()` is for the server's signal handler.
 
-    Raises `CheckpointError` where the tokenizer's files cannot be used.
+    `status`: where the page's numbers come from; None: from the workers of `pool`. Raises `CheckpointError` where the
+    tokenizer's files cannot be used.
     """
-    gateway = Gateway(settings, worker, CollectorRegistry() if registry is None else registry)
+    status = PoolStatus(pool, settings.served_name) if status is None else status
+    gateway = Gateway(settings, pool, status, CollectorRegistry())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        worker.start()
+        pool.start()
         yield
         await gateway.close()
 
@@ -42,6 +44,7 @@ def create_app(settings: GatewaySettings, worker: WorkerClient, registry: Collec
     )
     app.state.gateway = gateway
     app.include_router(router)
+    app.include_router(page_routes())
     app.add_exception_handler(ForetokenError, _refuse)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(RequestContext, metrics=gateway.metrics)
@@ -92,7 +95,7 @@ async def model(request: Request, model_id: str) -> Response:
 
 
 def _model(gateway: Gateway) -> dict[str, Any]:
-    hello = gateway.worker.hello
+    hello = gateway.pool.hello
     return {
         "id": gateway.settings.served_name,
         "object": "model",
@@ -120,17 +123,17 @@ async def ready(request: Request) -> Response:
     gateway = _gateway(request)
     if gateway.admission.draining:
         return _not_yet("draining")
-    if gateway.worker.hello is None:
-        return _not_yet(f"no worker: {gateway.worker.last_failure}")
+    if gateway.pool.hello is None:
+        return _not_yet(f"no worker: {gateway.pool.last_failure}")
     return JSONBytes({"status": "ok"})
 
 
 @router.get("/health/startup")
 async def startup(request: Request) -> Response:
     """A worker has been up once."""
-    worker = _gateway(request).worker
-    if worker.num_connections == 0:
-        return _not_yet(f"no worker yet: {worker.last_failure}")
+    pool = _gateway(request).pool
+    if pool.num_connections == 0:
+        return _not_yet(f"no worker yet: {pool.last_failure}")
     return JSONBytes({"status": "ok"})
 
 
@@ -141,8 +144,22 @@ def _not_yet(reason: str) -> Response:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     gateway = _gateway(request)
-    gateway.engine_metrics.state = await gateway.worker.state(STATE_TIMEOUT_S)
+    gateway.engine_metrics.update(await gateway.pool.states(STATE_TIMEOUT_S))
     gateway.metrics.open_requests.set(gateway.admission.num_open)
-    gateway.metrics.worker_up.set(gateway.worker.hello is not None)
-    gateway.metrics.worker_connections.set(gateway.worker.num_connections)
+    gateway.metrics.worker_up.set(gateway.pool.num_alive)
+    gateway.metrics.worker_connections.set(gateway.pool.num_connections)
     return Response(generate_latest(gateway.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/cluster")
+async def cluster(request: Request) -> Response:
+    """What the page at ``/`` shows."""
+    gateway = _gateway(request)
+    body = cluster_body(
+        await gateway.status.look(),
+        gateway.pool,
+        model=gateway.settings.served_name,
+        num_open=gateway.admission.num_open,
+        is_draining=gateway.admission.draining,
+    )
+    return JSONBytes(body, headers={"cache-control": "no-store"})

@@ -1,33 +1,29 @@
 """The gateway's end of one worker's stream.
 
-One connection at a time: it is made again whenever it breaks, because the launcher restarts a worker that died. What
-ran on a broken one ends with `WorkerLostError`; what comes meanwhile waits for the next.
+One connection at a time: it is made again whenever it breaks, because whoever started the worker starts it again when
+it has died. What ran on a broken one is its owner's to place anew.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
-from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 import msgspec
 
-from cluster.errors import DeadlineError, ForetokenError, UnavailableError, WorkerLostError
-from cluster.gateway.generation import Generation, Observer
 from cluster.protocol import (
     PROTOCOL_VERSION,
     STATE_METHOD,
     STREAM_METHOD,
-    Abort,
+    TOKEN_KEY,
     EngineState,
     FromWorker,
     Hello,
+    RequestOutput,
     StepOutput,
-    Submit,
     ToWorker,
 )
 
@@ -40,7 +36,8 @@ CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),  # a new channel tries at once, whatever the last one met
 )
 CANCEL_RETRY_S = 0.5  # grpc can lose a cancellation that meets the end of a call
-DEADLINE_GRACE_S = 1.0  # the worker keeps a request's deadline; past this we do
+LEASE_CHECKS = 8  # looks at a silent worker within its lease
+REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(FromWorker).decode
@@ -51,44 +48,60 @@ class _ConnectionLostError(Exception):
     """Why a connection ended, in words."""
 
 
-class WorkerClient:
-    """Submits to the worker at `address` ("unix:/path" or "host:port") and hands its outputs out.
+class _WrongWorkerError(_ConnectionLostError):
+    """Who answered is not the worker that is meant, or cannot be talked to."""
 
-    Everything runs on one event loop, from `start` to `close`.
+
+# How a connection ends. TimeoutError is an OSError.
+_EXPECTED = (_ConnectionLostError, grpc.RpcError, grpc.aio.UsageError, OSError, asyncio.InvalidStateError)
+
+
+class Owner(Protocol):
+    """Who is told what the worker does."""
+
+    def connected(self) -> None:
+        """There is a worker: `WorkerClient.hello` says which."""
+
+    def received(self, output: RequestOutput) -> None: ...
+
+    def lost(self) -> None:
+        """The connection broke; nothing of what was sent on it goes on."""
+
+
+class WorkerClient:
+    """Talks to the worker at `address` ("unix:/path" or "host:port"), on one event loop from `start` to `close`.
+
+    `worker_id`: only this process is meant; "": whichever answers. `lease_s`: a worker from which no message, not even
+    a `Beat`, came for so long is lost; None: only a broken stream tells.
     """
 
     def __init__(
         self,
         address: str,
+        owner: Owner,
         *,
+        worker_id: str = "",
+        token: str | None = None,
+        lease_s: float | None = None,
         hello_timeout_s: float = 10.0,
         write_timeout_s: float = 30.0,
         reconnect_delay_s: float = 0.1,
-        max_buffered: int = 4096,
     ) -> None:
         self.address = address
+        self._owner = owner
+        self._worker_id = worker_id
+        self._metadata = None if token is None else ((TOKEN_KEY, f"Bearer {token}"),)
+        self._lease_s = lease_s
         self._hello_timeout_s = hello_timeout_s
         self._write_timeout_s = write_timeout_s
         self._reconnect_delay_s = reconnect_delay_s
-        self._max_buffered = max_buffered
         self._hello: Hello | None = None
-        self._connected: asyncio.Event = asyncio.Event()  # also set by `fail`, to wake who waits
+        self._heard = 0.0  # when the last message came, on the event loop's clock
         self._outbox: asyncio.Queue[ToWorker] = asyncio.Queue()
         self._channel: grpc.aio.Channel | None = None
-        self._running: dict[str, Generation] = {}
-        self._refusal: ForetokenError | None = None
         self._task: asyncio.Task[None] | None = None
         self.num_connections = 0
         self.last_failure = "no connection was tried yet"
-
-    async def __aenter__(self) -> WorkerClient:
-        self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     def start(self) -> None:
         """Connect, and go on connecting, in the background."""
@@ -96,8 +109,7 @@ class WorkerClient:
             self._task = asyncio.get_running_loop().create_task(self._keep_connected())
 
     async def close(self) -> None:
-        """End what runs and leave the worker; it aborts what it still has of ours."""
-        self.fail(UnavailableError("the server has shut down"))
+        """Leave the worker; it aborts what it still has of ours."""
         while self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.wait({self._task}, timeout=CANCEL_RETRY_S)
@@ -108,56 +120,26 @@ class WorkerClient:
         """What the worker serves; None while there is none."""
         return self._hello
 
-    async def ready(self, timeout_s: float) -> Hello:
-        """Wait for a worker. Raises `DeadlineError`, or what `fail` was given."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while True:
-                    if self._refusal is not None:
-                        raise self._refusal
-                    if self._hello is not None:
-                        return self._hello
-                    await self._connected.wait()
-        except TimeoutError:
-            raise DeadlineError(f"no worker was ready within {timeout_s:g} s ({self.last_failure})") from None
-
-    def submit(self, submits: Sequence[Submit], *, timeout_s: float, observer: Observer) -> Generation:
-        """Start the sequences of one HTTP request; choice i is `submits[i]`.
-
-        Raises `WorkerLostError` where the worker has gone since `ready`.
-        """
-        if self._refusal is not None:
-            raise self._refusal
-        if self._hello is None:
-            raise WorkerLostError("the worker was lost before the request reached it; send it again")
-        generation = Generation(
-            [submit.request_id for submit in submits],
-            send_abort=self._abort,
-            observer=observer,
-            max_buffered=self._max_buffered,
-        )
-        for submit in submits:
-            self._running[submit.request_id] = generation
-            self._outbox.put_nowait(submit)
-        error = DeadlineError(f"the request took longer than {timeout_s:.0f} s")
-        generation.fail_after(timeout_s + DEADLINE_GRACE_S, error)
-        return generation
-
-    def fail(self, error: ForetokenError) -> None:
-        """End all requests, running and waiting, with `error`, and refuse further ones with it."""
-        self._refusal = error
-        self._connected.set()
-        self._end_running(error, reason="shutdown")
+    def send(self, message: ToWorker) -> None:
+        """Queue a message for the worker that there is; without one it is gone."""
+        if self._hello is not None:
+            self._outbox.put_nowait(message)
 
     async def state(self, timeout_s: float) -> EngineState | None:
         """The engine's numbers; None where no worker answers in time."""
         if self._channel is None or self._hello is None:
             return None
         try:
-            raw: bytes = await self._channel.unary_unary(STATE_METHOD)(b"", timeout=timeout_s)
+            call = self._channel.unary_unary(STATE_METHOD)
+            raw: bytes = await call(b"", timeout=timeout_s, metadata=self._metadata)
             return _decode_state(raw)
         except (grpc.aio.AioRpcError, grpc.aio.UsageError, msgspec.DecodeError):
             return None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return None  # grpc's, for a channel that was closed meanwhile
 
     # ----------------------------------------------------------------------------------------------- the connection
 
@@ -165,78 +147,86 @@ class WorkerClient:
         while True:
             try:
                 await self._connection()
-            except (
-                _ConnectionLostError,
-                grpc.RpcError,
-                grpc.aio.UsageError,
-                OSError,
-                asyncio.InvalidStateError,
-            ) as error:
+            except _EXPECTED as error:
                 self._note_failure(error)
             except Exception:
                 logger.exception("the connection to the worker at %s failed", self.address)
                 self.last_failure = "an internal error"
-            finally:
-                self._hello = None
-                self._channel = None
-                if self._refusal is None:
-                    self._connected.clear()
-                self._end_running(
-                    WorkerLostError("the worker that ran this request was lost; send it again"), reason="worker_lost"
-                )
             await asyncio.sleep(self._reconnect_delay_s)
 
-    def _note_failure(self, error: Exception) -> None:
-        text = str(error.details() if isinstance(error, grpc.aio.AioRpcError) else error) or "no answer in time"
+    def _note_failure(self, error: BaseException) -> None:
+        is_refused = isinstance(error, _WrongWorkerError)
+        text = str(error) or "no answer in time"
+        if isinstance(error, grpc.aio.AioRpcError):
+            is_refused = error.code() in REFUSED
+            text = error.details() or text
         if self._hello is not None:
+            if not isinstance(error, _EXPECTED):
+                logger.error("the connection to the worker at %s failed", self.address, exc_info=error)
             logger.warning("lost worker %s at %s: %s", self._hello.worker_id, self.address, text)
         elif text != self.last_failure:
             # Before the first connection that is what a start looks like.
-            level = logging.INFO if self.num_connections else logging.DEBUG
+            level = logging.WARNING if is_refused else logging.INFO if self.num_connections else logging.DEBUG
             logger.log(level, "no worker at %s yet: %s", self.address, text)
         self.last_failure = text
 
     async def _connection(self) -> None:
         """Serve one connection until it breaks. Raises `_ConnectionLostError` or grpc's errors."""
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
-            call = channel.stream_stream(STREAM_METHOD)()
+            call = channel.stream_stream(STREAM_METHOD)(metadata=self._metadata)
             async with asyncio.timeout(self._hello_timeout_s):
-                hello = _message(await call.read())
-            if not isinstance(hello, Hello):
-                raise _ConnectionLostError("the worker's first message was no Hello")
-            if hello.version != PROTOCOL_VERSION:
-                raise _ConnectionLostError(
-                    f"the worker speaks protocol version {hello.version}, this gateway {PROTOCOL_VERSION}: "
-                    "run both from one release"
-                )
+                hello = self._checked(_message(await call.read()))
             self._outbox = asyncio.Queue()
             self._channel = channel
             self._hello = hello
+            self._heard = asyncio.get_running_loop().time()
             self.num_connections += 1
-            self._connected.set()
             logger.info("worker %s at %s serves %s", hello.worker_id, self.address, hello.served_name)
-            both = {asyncio.ensure_future(self._read(call)), asyncio.ensure_future(self._write(call, self._outbox))}
+            self._owner.connected()
+            parts = [self._read(call), self._write(call, self._outbox)]
+            if self._lease_s is not None:
+                parts.append(self._watch(self._lease_s))
+            tasks = {asyncio.ensure_future(part) for part in parts}
             try:
-                done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-                first = done.pop()
-                if first.cancelled():  # by grpc: nobody else knows the task
-                    raise _ConnectionLostError("the stream was cancelled")
-                first.result()
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                self._lose(done.pop())  # before what follows, which may take its time
             finally:
-                for task in both:
-                    task.cancel()
-                await asyncio.gather(*both, return_exceptions=True)
+                self._hello = None
+                self._channel = None
+                while tasks:
+                    for task in tasks:
+                        task.cancel()
+                    done, tasks = await asyncio.wait(tasks, timeout=CANCEL_RETRY_S)
+                    for task in done:
+                        _error_of(task)  # asked for, so that asyncio does not complain
+
+    def _lose(self, ended: asyncio.Task[None]) -> None:
+        """Tell why the connection is over, and whom it concerns."""
+        self._note_failure(_error_of(ended) or _ConnectionLostError("the stream was cancelled"))
+        self._hello = None
+        self._channel = None
+        self._owner.lost()
+
+    def _checked(self, hello: FromWorker) -> Hello:
+        if not isinstance(hello, Hello):
+            raise _WrongWorkerError("the worker's first message was no Hello")
+        if hello.version != PROTOCOL_VERSION:
+            raise _WrongWorkerError(
+                f"the worker speaks protocol version {hello.version}, this gateway {PROTOCOL_VERSION}: "
+                "run both from one release"
+            )
+        if self._worker_id not in ("", hello.worker_id):
+            raise _WrongWorkerError(f"worker {hello.worker_id} answers there, not {self._worker_id}")
+        return hello
 
     async def _read(self, call: Any) -> None:
+        clock = asyncio.get_running_loop().time
         while True:
             message = _message(await call.read())
+            self._heard = clock()
             if isinstance(message, StepOutput):
                 for output in message.outputs:
-                    generation = self._running.get(output.request_id)
-                    if generation is not None:
-                        if output.finish is not None:
-                            del self._running[output.request_id]
-                        generation.deliver(output)
+                    self._owner.received(output)
 
     async def _write(self, call: Any, outbox: asyncio.Queue[ToWorker]) -> None:
         while True:
@@ -244,21 +234,29 @@ class WorkerClient:
             async with asyncio.timeout(self._write_timeout_s):
                 await call.write(_encode(message))
 
-    def _abort(self, request_id: str) -> None:
-        if self._running.pop(request_id, None) is not None and self._hello is not None:
-            self._outbox.put_nowait(Abort(request_id=request_id))
+    async def _watch(self, lease_s: float) -> None:
+        """Raise `_ConnectionLostError` when the worker's lease has ended."""
+        clock = asyncio.get_running_loop().time
+        pause_s = lease_s / LEASE_CHECKS
+        while True:
+            before = clock()
+            await asyncio.sleep(pause_s)
+            now = clock()
+            # Where this process itself was held up, what came meanwhile is read before the next look.
+            if now - before < 2 * pause_s and now - self._heard > lease_s:
+                raise _ConnectionLostError(f"no message for {now - self._heard:.2f} s")
 
-    def _end_running(self, error: ForetokenError, *, reason: str) -> None:
-        for generation in set(self._running.values()):
-            generation.fail(error, reason=reason)
-        self._running.clear()
+
+def _error_of(task: asyncio.Task[None]) -> BaseException | None:
+    """What ended a task; None where it was cancelled, maybe by grpc: nobody else knows it."""
+    return None if task.cancelled() else task.exception()
 
 
-def _message(raw: Any) -> Hello | StepOutput:
+def _message(raw: Any) -> FromWorker:
     if raw is grpc.aio.EOF:
         raise _ConnectionLostError("the worker closed the stream")
     try:
-        message: Hello | StepOutput = _decode(raw)
+        message: FromWorker = _decode(raw)
     except msgspec.MsgspecError as error:
         raise _ConnectionLostError(f"the worker sent what is no message: {error}") from error
     return message

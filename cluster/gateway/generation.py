@@ -1,6 +1,6 @@
-"""The tokens of one HTTP request: the outputs of its sequences, in order, between a worker and the reply.
+"""The tokens of one HTTP request: the outputs of its sequences, in order, between the workers and the reply.
 
-The worker's side calls `deliver` and `fail` and never waits; the reply's side reads. What the reader leaves lying is
+The workers' side calls `deliver` and `fail` and never waits; the reply's side reads. What the reader leaves lying is
 bounded: a generation over the bound is aborted, its reader gets what is there and then the error.
 """
 
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from cluster.errors import EngineError, ForetokenError, GrammarError, OverloadedError, UnavailableError, by_code
 from cluster.gateway.disconnect import ClientDisconnected
-from cluster.protocol import Finish, RequestOutput
+from cluster.protocol import Finish, RequestOutput, Submit
 
 
 class Observer(Protocol):
@@ -27,10 +29,45 @@ class Observer(Protocol):
     def aborted(self, reason: str) -> None: ...
 
 
-@dataclass(slots=True)
-class _Sequence:
+@dataclass(slots=True, eq=False)
+class Sample:
+    """One sequence of a request, and what of it the reply has: enough to go on with it on any worker."""
+
     choice: int
-    next_index: int = 0
+    submit: Submit  # as it was first asked for
+    deadline: float  # on the event loop's clock
+    output_ids: list[int] = field(default_factory=list)
+    has_begun: bool = False  # its first output, which carries what concerns the prompt, was taken
+
+    def take(self, output: RequestOutput) -> RequestOutput | None:
+        """What of an output is new; None for a duplicate. Raises `EngineError` where tokens are missing."""
+        finish = output.finish
+        if finish is not None and finish.reason in ("error", "abort"):
+            return output  # a worker that refuses to go on with it knows no index
+        expected, end = len(self.output_ids), output.index + len(output.token_ids)
+        if output.index > expected:
+            raise EngineError(f"tokens {expected} to {output.index - 1} were lost")
+        if output.index < expected:
+            if end > expected:
+                raise EngineError(f"token {expected} came again in part, from {output.index}")
+            if finish is None:
+                return None
+            if end < expected:
+                raise EngineError(f"the end came behind token {end - 1}, but {expected} tokens were there")
+            return RequestOutput(request_id=output.request_id, index=expected, finish=finish)
+        self.output_ids += output.token_ids
+        if self.has_begun and (output.cached_tokens or output.prompt_logprobs is not None):
+            output = replace(output, cached_tokens=0, prompt_logprobs=None)  # of the worker that went on with it
+        self.has_begun = True
+        return output
+
+    def remaining(self, now: float) -> Submit:
+        """What a worker must do from here on; the same draws follow, as they depend on seed and position alone."""
+        submit = replace(self.submit, deadline_s=max(0.0, self.deadline - now))
+        if not self.has_begun:
+            return submit
+        sampling = replace(submit.sampling, prompt_logprobs=None)
+        return replace(submit, output_ids=tuple(self.output_ids), sampling=sampling)
 
 
 class Generation:
@@ -41,13 +78,13 @@ class Generation:
 
     def __init__(
         self,
-        request_ids: Sequence[str],
+        samples: Sequence[Sample],
         *,
-        send_abort: Callable[[str], None],
+        send_abort: Callable[[Sample], None],
         observer: Observer,
         max_buffered: int,
     ) -> None:
-        self._open = {request_id: _Sequence(choice) for choice, request_id in enumerate(request_ids)}
+        self._open = dict.fromkeys(samples)  # in their order
         self._send_abort = send_abort
         self._observer = observer
         self._max_buffered = max_buffered
@@ -71,33 +108,30 @@ class Generation:
     def _expire(self, error: ForetokenError) -> None:
         self.fail(error, reason="deadline")
 
-    # ------------------------------------------------------------------------------------------- the worker's side
+    # ------------------------------------------------------------------------------------------ the workers' side
 
-    def deliver(self, output: RequestOutput) -> None:
+    def deliver(self, sample: Sample, output: RequestOutput) -> None:
         """Take an output; index i goes on once and in order, a duplicate is dropped, a hole is an error."""
-        sequence = self._open.get(output.request_id)
-        if sequence is None:
+        if sample not in self._open:
             return
-        num_tokens, expected = len(output.token_ids), sequence.next_index
-        if output.index < expected:
-            if output.index + num_tokens > expected:
-                self._end(EngineError(f"token {expected} came again in part, from {output.index}"), reason="error")
+        try:
+            new = sample.take(output)
+        except EngineError as error:
+            self._end(error, reason="error")
             return
-        if output.index > expected:
-            self._end(EngineError(f"tokens {expected} to {output.index - 1} were lost"), reason="error")
+        if new is None:
             return
-        finish = output.finish
+        finish = new.finish
         if finish is not None:
-            del self._open[output.request_id]
+            del self._open[sample]
             if finish.reason in ("error", "abort"):
                 self._end(_error_of(finish), reason="error")
                 return
-        sequence.next_index += num_tokens
-        if num_tokens:
-            self._observer.tokens(sequence.choice, num_tokens)
-        self._buffer.append((sequence.choice, output))
+        if new.token_ids:
+            self._observer.tokens(sample.choice, len(new.token_ids))
+        self._buffer.append((sample.choice, new))
         if finish is not None:
-            self._observer.finished(sequence.choice, finish.reason)
+            self._observer.finished(sample.choice, finish.reason)
             if not self._open:
                 self._stop_timer()
         elif len(self._buffer) > self._max_buffered:
@@ -106,7 +140,7 @@ class Generation:
         self._wake()
 
     def fail(self, error: Exception, *, reason: str) -> None:
-        """End it early: the worker is told to abort, the reader gets what is buffered and then `error`.
+        """End it early: the workers are told to abort, the reader gets what is buffered and then `error`.
 
         Without effect where all has been generated.
         """
@@ -116,8 +150,8 @@ class Generation:
     def _end(self, error: Exception, reason: str) -> None:
         self._error = error
         self._observer.aborted(reason)
-        for request_id in self._open:
-            self._send_abort(request_id)
+        for sample in self._open:
+            self._send_abort(sample)
         self._open.clear()
         self._stop_timer()
         self._wake()

@@ -16,6 +16,7 @@ from cluster.metrics import GatewayMetrics
 logger = logging.getLogger(__name__)
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_QUIET = frozenset({"/cluster"})  # an open page asks every second
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -52,7 +53,8 @@ class RequestContext:
         finally:
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self._metrics.answered(method, _route(scope), status)
-            logger.info(
+            logger.log(
+                logging.DEBUG if scope["path"] in _QUIET else logging.INFO,
                 "%s %.200r %d in %.1f ms, request %s",
                 method,
                 scope["path"],

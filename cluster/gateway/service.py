@@ -15,14 +15,15 @@ from starlette.responses import Response
 
 from cluster.errors import DeadlineError, DrainingError, InvalidValueError, ModelNotFoundError
 from cluster.gateway.chat import load_template
-from cluster.gateway.client import WorkerClient
 from cluster.gateway.disconnect import ClientDisconnected, until_disconnect
 from cluster.gateway.fields import validate
 from cluster.gateway.generation import Generation
 from cluster.gateway.limits import FLUSH_S, Admission, parse_object, read_body
 from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from cluster.gateway.pool import WorkerPool
 from cluster.gateway.replies import JSONBytes, complete_body, error_response
 from cluster.gateway.settings import GatewaySettings
+from cluster.gateway.status import StatusSource
 from cluster.gateway.stream import Batch, ChatEvents, CompletionEvents, Events, EventStream
 from cluster.gateway.submit import (
     Job,
@@ -36,7 +37,7 @@ from cluster.gateway.submit import (
 )
 from cluster.gateway.threads import Threads, run_in
 from cluster.gateway.tokenize import TextTokenizer
-from cluster.metrics import EngineCollector, GatewayMetrics, GenerationTimer
+from cluster.metrics import CountCollector, EngineCollector, GatewayMetrics, GenerationTimer
 
 INLINE_BYTES = 256 * 1024  # a larger body is parsed off the event loop
 INLINE_CHARS = 4096  # a longer text is tokenised off the event loop
@@ -46,12 +47,23 @@ TEMPLATE_SLACK_S = 1.0  # for a thread to be free; the template's own bound come
 class Gateway:
     """What the routes share. Made before the event loop runs; raises `CheckpointError` for unusable tokenizer files."""
 
-    def __init__(self, settings: GatewaySettings, worker: WorkerClient, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, settings: GatewaySettings, pool: WorkerPool, status: StatusSource, registry: CollectorRegistry
+    ) -> None:
         self.settings = settings
-        self.worker = worker
+        self.pool = pool
+        self.status = status
         self.registry = registry
         self.metrics = GatewayMetrics(registry, model_name=settings.served_name)
         self.engine_metrics = EngineCollector(registry, model_name=settings.served_name)
+        CountCollector(
+            registry,
+            model_name=settings.served_name,
+            counts={
+                "worker_lost": ("Connections to workers that broke", lambda: pool.num_lost),
+                "requests_resumed": ("Sequences that went on after a worker was lost", lambda: pool.num_resumed),
+            },
+        )
         self.admission = Admission(settings.max_open_requests)
         self.tokenizer = TextTokenizer.from_checkpoint(settings.model_path)
         self.template = load_template(
@@ -66,13 +78,13 @@ class Gateway:
             return
         self.admission.draining = True
         error = DrainingError(f"the server shut down before the request was done ({self.settings.drain_timeout_s:g} s)")
-        asyncio.get_running_loop().call_later(self.settings.drain_timeout_s, self.worker.fail, error)
+        asyncio.get_running_loop().call_later(self.settings.drain_timeout_s, self.pool.fail, error)
 
     async def close(self) -> None:
-        """Drain, then leave the worker."""
+        """Drain, then leave the workers."""
         self.begin_drain()
         await self.admission.wait_idle(self.settings.drain_timeout_s + FLUSH_S)
-        await self.worker.close()
+        await self.pool.close()
         self._threads.close()
 
     async def reply(self, request: Request, model: type[GenerationRequest]) -> Response:
@@ -114,7 +126,7 @@ class Gateway:
         self, request: GenerationRequest, held: ExitStack, arrival: float
     ) -> Response | tuple[Generation, Events, Batch]:
         """A whole reply, or the beginning of a streamed one: its first outputs, so that an early error has a status."""
-        hello = await self.worker.ready(self._time_left(arrival))
+        hello = await self.pool.ready(self._time_left(arrival))
         try:
             async with asyncio.timeout(self._time_left(arrival)):
                 texts = await self._encode(request, hello.max_model_len)
@@ -128,7 +140,7 @@ class Gateway:
         job = Job(reply_id, int(time.time()), self.settings.served_name, request, texts.prompts, submits)
         self.metrics.prompt_tokens.observe(job.num_prompt_tokens)
         timer = GenerationTimer(self.metrics, arrival=arrival, num_choices=len(submits))
-        generation = held.enter_context(self.worker.submit(submits, timeout_s=timeout_s, observer=timer))
+        generation = held.enter_context(self.pool.submit(submits, timeout_s=timeout_s, observer=timer))
         if not request.stream:
             return JSONBytes(await complete_body(generation, job, self.tokenizer))
         return generation, self._events(job), await generation.read()

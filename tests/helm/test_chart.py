@@ -153,3 +153,12 @@ def test_the_notes_name_what_an_ephemeral_cache_costs(notes: Callable[[Values], 
     kept = notes({"cache": {"kind": "perPod"}})
     assert "fetches the weights again" not in kept
     assert f"statefulset/{FULLNAME}" in kept
+
+
+def test_the_notes_of_a_cluster_name_its_gateways_and_its_status(notes: Callable[[Values], str]) -> None:
+    shown = notes(VALUE_SETS["cluster"])
+    assert f"deployment/{FULLNAME}-gateway" in shown
+    assert f"exec deployment/{FULLNAME}-controller -- foretoken cluster status --config" in shown
+    assert "2 attention and 2 expert workers" in shown
+    assert "cluster status" not in notes({})
+    assert "7200 s" in notes(VALUE_SETS["cluster_example"])

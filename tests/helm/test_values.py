@@ -15,15 +15,21 @@ from tests.support.chart import CHART, Values, refusal
 
 VALUES: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
 SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
-OWN = {"model", "revision", "served_model_name", "home", "host", "port"}  # the chart sets them itself
-NOT_SERVED = {"data"}  # benches read it
+OWN = {  # the chart sets them itself
+    *("model", "revision", "served_model_name", "home", "host", "port"),
+    *("cluster_name", "store", "token"),  # what the processes of a release share, two of them secrets
+    "advertise",  # a pod's own address
+    *("num_attention_workers", "num_expert_workers"),  # as many as the groups have
+}
+NOT_SERVED = {"data", "local", "orphan_timeout_s"}  # of benches, of one machine, and pods are Kubernetes' to end
 
 
 def _leaves_and_branches(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for key, value in values.items():
         yield (*path, key), value
-        if isinstance(value, dict):
-            yield from _leaves_and_branches(value, (*path, key))
+        for inner in [value, *value] if isinstance(value, list) else [value]:
+            if isinstance(inner, dict):
+                yield from _leaves_and_branches(inner, (*path, key))
 
 
 def _resolve(schema: dict[str, Any]) -> dict[str, Any]:
@@ -36,15 +42,16 @@ def test_each_key_has_a_comment_above_it() -> None:
     lines = (CHART / "values.yaml").read_text().splitlines()
     keys = [number for number, line in enumerate(lines) if re.match(r"\s*(- )?\w+:", line)]
     without = [lines[number] for number in keys if not lines[number - 1].lstrip().startswith("# ")]
-    assert len(keys) == len(list(_leaves_and_branches(VALUES))) + 1  # an item of a list
+    assert len(keys) == len(list(_leaves_and_branches(VALUES)))
     assert without == []
 
 
-@pytest.mark.parametrize("path", [path for path, _ in _leaves_and_branches(VALUES)], ids=".".join)
+@pytest.mark.parametrize("path", sorted({path for path, _ in _leaves_and_branches(VALUES)}), ids=".".join)
 def test_each_key_is_in_the_schema(path: tuple[str, ...]) -> None:
     schema = SCHEMA
     for key in path:
         schema = _resolve(schema)
+        schema = _resolve(schema.get("items", schema))
         schema = schema["properties"][key] if "properties" in schema else schema["additionalProperties"]
 
 
@@ -93,6 +100,7 @@ def test_a_setting_has_the_servers_bounds(name: str) -> None:
     assert ours.get("type", "string") == theirs["type"]
 
 
+GROUP = VALUES["workerGroups"][1]
 BAD: list[tuple[str, Values, str]] = [  # a name, values, what the message must have
     ("unknown at the top", {"replicas": 2}, "replicas"),
     ("unknown below", {"server": {"replica": 2}}, "replica"),
@@ -123,6 +131,23 @@ BAD: list[tuple[str, Values, str]] = [  # a name, values, what the message must 
     ("a source that is none", {"networkPolicy": {"from": [{"pods": {}}]}}, "networkPolicy.from"),
     ("a name with capitals", {"fullnameOverride": "Blue"}, "fullnameOverride"),
     ("a Redis without a tag", {"redis": {"image": {"tag": ""}}}, "redis.image.tag"),
+    ("an unknown mode", {"mode": "ray"}, "mode"),
+    ("a token among the settings", {"settings": {"token": "secret"}}, "token"),
+    ("a store among the settings", {"settings": {"store": "redis://h"}}, "store"),
+    ("a number of workers among the settings", {"settings": {"num_expert_workers": 3}}, "num_expert_workers"),
+    ("three controllers", {"controller": {"replicas": 3}}, "controller.replicas"),
+    ("no gateway", {"gateway": {"replicas": 0}}, "gateway.replicas"),
+    ("an unknown role", {"workerGroups": [GROUP | {"role": "all"}]}, "workerGroups.0.role"),
+    ("a group without a role", {"workerGroups": [{k: v for k, v in GROUP.items() if k != "role"}]}, "role"),
+    ("a group without limits", {"workerGroups": [GROUP | {"resources": {"requests": {}}}]}, "limits"),
+    ("a group with capitals", {"workerGroups": [GROUP | {"name": "H100"}]}, "workerGroups.0.name"),
+    ("a group with a long name", {"workerGroups": [GROUP | {"name": "h" * 25}]}, "workerGroups.0.name"),
+    ("an empty group", {"workerGroups": [GROUP | {"replicas": 0}]}, "workerGroups.0.replicas"),
+    ("two GPUs for a worker", {"workerGroups": [GROUP | {"gpus": 2}]}, "workerGroups.0.gpus"),
+    ("an unknown key of a group", {"workerGroups": [GROUP | {"gpu": 1}]}, "gpu"),
+    ("an unknown cache of a group", {"workerGroups": [GROUP | {"cache": {"kind": "ram"}}]}, "cache.kind"),
+    ("a namespace of the store that is none", {"store": {"namespace": "a:b"}}, "store.namespace"),
+    ("a namespace that is Redis's own user", {"store": {"namespace": "default"}}, "store.namespace"),
 ]  # fmt: skip
 
 
@@ -134,6 +159,7 @@ def test_a_bad_value_is_refused_by_name(values: Values, word: str) -> None:
     assert word in message
 
 
+CLUSTER: Values = {"mode": "cluster", "redis": {"enabled": True}}
 CONTRADICTIONS: list[tuple[Values, str]] = [
     ({"cache": {"kind": "existingClaim"}}, "cache.existingClaim: name the PersistentVolumeClaim"),
     ({"cache": {"existingClaim": "models"}}, "cache.existingClaim: is used with cache.kind existingClaim only"),
@@ -142,10 +168,54 @@ CONTRADICTIONS: list[tuple[Values, str]] = [
     ({"autoscaling": {"minReplicas": 5}}, "autoscaling.minReplicas: must not be larger"),
     ({"ingress": {"enabled": True}}, "ingress.hosts: name at least one host"),
     ({"server": {"extraEnv": [{"name": "FORETOKEN_PORT", "value": "1"}]}}, "server.extraEnv: FORETOKEN_PORT"),
+    ({"model": {"name": "/var/lib/foretoken/m"}}, "model.name: a folder is on a volume"),
+    ({"redis": {"enabled": True}}, "redis.enabled: a server has no store"),
+    ({"store": {"existingSecret": "store"}}, "store.existingSecret: a server has no store"),
+    ({"mode": "cluster"}, "store.existingSecret: mode cluster needs a store"),
+    ({**CLUSTER, "store": {"existingSecret": "store"}}, "redis.enabled and store.existingSecret: give one"),
+    ({**CLUSTER, "workerGroups": []}, "workerGroups: mode cluster needs a group with role attention"),
+    (
+        {**CLUSTER, "workerGroups": VALUES["workerGroups"][:1]},
+        "workerGroups: mode cluster needs a group with role expert",
+    ),
+    ({**CLUSTER, "workerGroups": [*VALUES["workerGroups"], GROUP]}, "two groups with role expert are called main"),
+    (
+        {**CLUSTER, "workerGroups": [*VALUES["workerGroups"], GROUP | {"name": "more", "replicas": 255}]},
+        "workerGroups: 257 workers with role expert",
+    ),
+    (
+        {**CLUSTER, "fullnameOverride": "f" * 40},
+        f"workerGroups: {'f' * 40}-attention-main has 55 characters, and a StatefulSet's name 52",
+    ),
+    (
+        {**CLUSTER, "workerGroups": [VALUES["workerGroups"][0], GROUP | {"cache": {"kind": "existingClaim"}}]},
+        "workerGroups: cache.existingClaim of main: name the PersistentVolumeClaim",
+    ),
+    (
+        {**CLUSTER, "model": {"name": "/var/lib/foretoken/m"}, "cache": {"kind": "perPod"}},
+        "model.name: a folder must be there for every pod",
+    ),
+    (
+        {**CLUSTER, "workerGroups": [*VALUES["workerGroups"], GROUP | {"name": "h100", "gpus": 1}]},
+        "workerGroups: groups with role expert must all have a GPU, or none",
+    ),
+    (
+        {
+            **CLUSTER,
+            "model": {"name": "/var/lib/foretoken/m"},
+            "cache": {"kind": "existingClaim", "existingClaim": "models"},
+            "workerGroups": [VALUES["workerGroups"][0], GROUP | {"cache": {"kind": "ephemeral"}}],
+        },
+        "workerGroups: cache.kind of main: model.name is a folder",
+    ),
+    (
+        {**CLUSTER, "worker": {"extraEnv": [{"name": "FORETOKEN_TOKEN", "value": "1"}]}},
+        "worker.extraEnv: FORETOKEN_TOKEN would hide",
+    ),
 ]
 
 
 @pytest.mark.needs("helm")
-@pytest.mark.parametrize(("values", "words"), CONTRADICTIONS, ids=[words[:24] for _, words in CONTRADICTIONS])
+@pytest.mark.parametrize(("values", "words"), CONTRADICTIONS, ids=[words[:48] for _, words in CONTRADICTIONS])
 def test_values_that_contradict_each_other_are_refused_in_words(values: Values, words: str) -> None:
     assert words in refusal(values)

@@ -49,7 +49,6 @@ VALUE_SETS: dict[str, Values] = {
         },
         "serviceAccount": {"annotations": {"example.com/role": "reader"}},
         "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
-        "redis": {"enabled": True, "storageClass": "fast"},
     },
     "shared": {  # what a platform team has already: claims, secrets, accounts, taints
         "fullnameOverride": "blue-foretoken",
@@ -81,15 +80,95 @@ VALUE_SETS: dict[str, Values] = {
         "cache": {"kind": "existingClaim", "existingClaim": "models"},
         "service": {"type": "NodePort"},
         "serviceAccount": {"create": False},
-        "redis": {"enabled": True, "existingSecret": "redis", "image": {"digest": "sha256:" + "1" * 64}},
     },
     "bare": {
         "server": {"hostMaxSkew": 0},
         "podDisruptionBudget": {"enabled": False},
         "networkPolicy": {"enabled": False},
-        "redis": {"enabled": True},
+    },
+    "cluster": {"mode": "cluster", "redis": {"enabled": True}},  # the demo model, on CPUs
+    "cluster_example": yaml.safe_load((CHART / "values-cluster.yaml").read_text()),
+    "cluster_full": {  # everything optional switched on; groups of several kinds
+        "mode": "cluster",
+        "nameOverride": "moe",
+        "huggingFace": {"token": "hf_secret"},
+        "model": {"name": "Qwen/Qwen3-30B-A3B"},
+        "settings": {"drain_timeout_s": 2.5, "lease_s": 0.5},
+        "gateway": {
+            "hostMaxSkew": 0,
+            "preStopSeconds": 0,
+            "podAnnotations": {"example.com/team": "ml"},
+            "podLabels": {"team": "ml"},
+            "nodeSelector": {"pool": "front"},
+            "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+        },
+        "controller": {"replicas": 2, "nodeSelector": {"pool": "system"}},
+        "worker": {
+            "startupSeconds": 7200,
+            "podLabels": {"team": "ml"},
+            "priorityClassName": "high",
+            "runtimeClassName": "nvidia",
+            "extraEnv": [{"name": "NCCL_DEBUG", "value": "WARN"}],
+        },
+        "workerGroups": [
+            {
+                "name": "main",
+                "role": "attention",
+                "replicas": 2,
+                "resources": {"requests": {"cpu": 4, "memory": "32Gi"}, "limits": {"memory": "32Gi"}},
+                "cache": {"kind": "perPod", "size": "20Gi", "storageClass": "fast"},
+            },
+            {
+                "name": "h100",
+                "role": "expert",
+                "replicas": 3,
+                "gpus": 1,
+                "hostMaxSkew": 2,
+                "resources": {"requests": {"cpu": 8, "memory": "64Gi"}, "limits": {"cpu": 8, "memory": "64Gi"}},
+                "nodeSelector": {"gpu": "h100"},
+                "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
+                "affinity": {"podAntiAffinity": {}},
+            },
+            {
+                "name": "main",
+                "role": "expert",
+                "replicas": 2,
+                "gpus": 1,
+                "hostMaxSkew": 0,
+                "resources": {"requests": {"cpu": 16, "memory": "128Gi"}, "limits": {"memory": "128Gi"}},
+                "cache": {"kind": "existingClaim", "existingClaim": "models"},
+            },
+        ],
+        "service": {"type": "LoadBalancer"},
+        "ingress": {"enabled": True, "hosts": ["llm.example.com"]},
+        "autoscaling": {"enabled": True, "maxReplicas": 8},
+        "podDisruptionBudget": {"maxUnavailable": "50%"},
+        "networkPolicy": {
+            "restrictEgress": True,
+            "egress": [{"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}], "ports": [{"port": 8443, "protocol": "TCP"}]}],
+        },
+        "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+        "redis": {"enabled": True, "storageClass": "fast", "image": {"digest": "sha256:" + "1" * 64}},
+    },
+    "cluster_shared": {  # what a platform team has already: a Redis, secrets, a claim with the model in a folder
+        "mode": "cluster",
+        "image": {"pullSecrets": ["registry"]},
+        "model": {"name": "/var/lib/foretoken/models/qwen3"},
+        "clusterToken": {"existingSecret": "tokens", "existingSecretKey": "cluster"},
+        "store": {"existingSecret": "store", "existingSecretKey": "redis", "namespace": "llm-blue"},
+        "cache": {"kind": "existingClaim", "existingClaim": "models"},
+        "podDisruptionBudget": {"enabled": False},
+        "networkPolicy": {"restrictEgress": True},
+        "serviceAccount": {"create": False},
+    },
+    "cluster_bare": {
+        "mode": "cluster",
+        "networkPolicy": {"enabled": False},
+        "redis": {"enabled": True, "existingSecret": "redis"},
     },
 }
+SERVER_SETS = [name for name in VALUE_SETS if not name.startswith("cluster")]
+CLUSTER_SETS = [name for name in VALUE_SETS if name.startswith("cluster")]
 
 
 def helm(*arguments: str, values: Values | None = None) -> subprocess.CompletedProcess[str]:
@@ -129,8 +208,14 @@ def rendered(values: Values) -> str:
     return _rendered(json.dumps(values, sort_keys=True))
 
 
+@functools.cache
+def _parsed(text: str) -> list[Object]:
+    return [found for found in yaml.load_all(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if found]
+
+
 def objects(values: Values) -> list[Object]:
-    return [found for found in yaml.safe_load_all(rendered(values)) if found]
+    """What is rendered; to be read, not written."""
+    return _parsed(rendered(values))
 
 
 def one(values: Values, kind: str, name: str = FULLNAME) -> Object:
@@ -138,8 +223,24 @@ def one(values: Values, kind: str, name: str = FULLNAME) -> Object:
     return found
 
 
+def every(values: Values, kind: str) -> dict[str, Object]:
+    """All objects of a kind, by name."""
+    return {o["metadata"]["name"]: o for o in objects(values) if o["kind"] == kind}
+
+
 def maybe(values: Values, kind: str, name: str = FULLNAME) -> Object | None:
     return next((o for o in objects(values) if o["kind"] == kind and o["metadata"]["name"] == name), None)
+
+
+def selects(selector: Mapping[str, Any], workload: Object) -> bool:
+    """Whether a selector (labels, or what a NetworkPolicy or a workload has) picks this workload's pods."""
+    labels: dict[str, str] = workload["spec"]["template"]["metadata"]["labels"]
+    if not {"matchLabels", "matchExpressions"} & set(selector):
+        selector = {"matchLabels": selector}
+    wanted, expressions = selector.get("matchLabels", {}), selector.get("matchExpressions", [])
+    assert wanted or expressions, "it would pick every pod of the namespace"
+    assert {expression["operator"] for expression in expressions} <= {"In"}
+    return wanted.items() <= labels.items() and all(labels.get(e["key"]) in e["values"] for e in expressions)
 
 
 def pod_of(values: Values, kind: str = "Deployment", name: str = FULLNAME) -> Object:

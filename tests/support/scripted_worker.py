@@ -1,7 +1,8 @@
 """A worker without a model: a gRPC server in this process that speaks `cluster.protocol` and says what it is told.
 
 Every byte is a token (`byte_tokenizer`), so texts and token ids can be read off each other. One `StepOutput` a step
-for all that runs, one token each, as fast as the gate lets it.
+for all that runs, one token each, as fast as the gate lets it. A sequence that comes with tokens goes on behind them,
+as in an engine: it releases no text twice, yet tells once more about the prompt.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from tokenizers.models import BPE
 from cluster.protocol import (
     PROTOCOL_VERSION,
     SERVICE,
+    TOKEN_KEY,
     Abort,
+    Beat,
     EngineState,
     Finish,
     Hello,
@@ -103,11 +106,24 @@ class _Sequence:
     answer: list[int]
     sent: int = 0
     held: str = ""  # text not yet released, where there are stop strings
+    has_told: bool = False  # about the prompt
+    ended: Finish | None = None  # by the tokens that it came with
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+
+    def __post_init__(self) -> None:
+        known = list(self.submit.output_ids)
+        assert self.answer[: len(known)] == known, "the tokens that it comes with are its own"
+        for _ in known:
+            assert self.ended is None, "it comes with tokens behind its end"
+            self.ended = self.step().finish
+        self.has_told = False
 
     def step(self) -> RequestOutput:
         """The next token; the last one has the finish."""
-        stopping, first = self.submit.stopping, self.sent == 0
+        if self.ended is not None:
+            return RequestOutput(request_id=self.submit.request_id, index=self.sent, finish=self.ended)
+        stopping, first = self.submit.stopping, not self.has_told
+        self.has_told = True
         prompt_logprobs = self._prompt_logprobs() if first else None
         cached = len(self.submit.prompt_ids) // 64 * 64 if first else 0
         base: dict[str, Any] = {
@@ -164,7 +180,12 @@ class ScriptedWorker:
         self.aborts: list[str] = []
         self.gate = asyncio.Event()  # tokens flow while it is set
         self.gate.set()
+        self.steps_left: int | None = None  # it pauses after so many more steps; None: it does not
+        self.token: str | None = None  # that each call must carry
+        self.beat_s: float | None = None  # between two beats
         self.raw: Callable[[Submit], list[RequestOutput]] | None = None  # what is sent instead, as it is
+        self.num_beats = 0
+        self.num_streams = 0  # open ones
         self._changed = asyncio.Condition()
         self._running: dict[str, _Sequence] = {}
         self._work = asyncio.Event()
@@ -192,7 +213,7 @@ class ScriptedWorker:
         await self.start()
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Until something that this worker was told makes `condition` true."""
+        """Until something that this worker was told, or its pause, makes `condition` true."""
         async with asyncio.timeout(DEADLINE_S), self._changed:
             await self._changed.wait_for(condition)
 
@@ -209,17 +230,33 @@ class ScriptedWorker:
         return len(self._running)
 
     async def _state(self, request: bytes, context: Any) -> bytes:
+        await self._authenticate(context)
         return _encode(self.state)
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        await self._authenticate(context)
+        self.num_streams += 1
         await context.write(_encode(self.hello))
-        steps = asyncio.create_task(self._steps(context))
+        tasks = [asyncio.create_task(self._steps(context)), asyncio.create_task(self._beats(context))]
         try:
             async for raw in requests:
                 await self._take(_decode(raw), context)
         finally:
-            steps.cancel()
+            for task in tasks:
+                task.cancel()
             self._running.clear()
+            self.num_streams -= 1
+
+    async def _authenticate(self, context: Any) -> None:
+        given = dict(context.invocation_metadata()).get(TOKEN_KEY)
+        if self.token is not None and given != f"Bearer {self.token}":
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no valid token")
+
+    async def _beats(self, context: Any) -> None:
+        while self.beat_s is not None:
+            await context.write(_encode(Beat()))
+            self.num_beats += 1
+            await asyncio.sleep(self.beat_s)
 
     async def _take(self, message: ToWorker, context: Any) -> None:
         if isinstance(message, Submit):
@@ -233,6 +270,9 @@ class ScriptedWorker:
         elif isinstance(message, Abort):
             self._running.pop(message.request_id, None)
             self.aborts.append(message.request_id)
+        await self._tell()
+
+    async def _tell(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
@@ -240,6 +280,12 @@ class ScriptedWorker:
         while True:
             await self._work.wait()
             await self.gate.wait()
+            if self.steps_left is not None:
+                if not self.steps_left:
+                    self.gate.clear()
+                    await self._tell()
+                    continue
+                self.steps_left -= 1
             outputs = [sequence.step() for sequence in self._running.values()]
             for output in outputs:
                 if output.finish is not None:

@@ -2,12 +2,15 @@
 
 A gloo process group over all workers would break as a whole when one dies. So each pair has a group of its own, on its
 own prefix of a rendezvous store: a dead peer breaks its pair at once, a hung one at the deadline, and nobody else's.
+The store is the expert worker's (`LinkServer`); the two agree on a `link_id` over gRPC, then meet there.
 """
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -15,7 +18,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from cluster.errors import PeerLostError
+from cluster.errors import ConfigError, PeerLostError
+from cluster.protocol import LinkOffer
 
 MIN_WAIT_S = 0.001  # gloo takes a timeout of zero for none
 
@@ -31,34 +35,69 @@ class TensorSpec:
 class PeerLink(Protocol):
     """One peer. Messages arrive whole and in order; any failure is final: open another link."""
 
-    def send(self, tensors: Sequence[torch.Tensor], deadline_s: float) -> None: ...
+    def send(self, tensors: Sequence[torch.Tensor], deadline_s: float) -> None:
+        """Hand over contiguous CPU tensors; returns when they are on their way. Raises `PeerLostError`."""
 
-    def recv(self, specs: Sequence[TensorSpec], deadline_s: float) -> list[torch.Tensor]: ...
+    def recv(self, specs: Sequence[TensorSpec], deadline_s: float) -> list[torch.Tensor]:
+        """The peer's next tensors, in order. Raises `PeerLostError` at the deadline or when the peer dies."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Break the link; the peer's waits end with an error."""
 
 
 class GlooLink:
     """A `PeerLink` over TCP between two processes' CPU memory."""
 
-    def __init__(self, store: dist.Store, name: str, is_first: bool, open_timeout_s: float) -> None:
-        """Meet the peer under `name` in `store`; exactly one of the two says `is_first`.
+    def __init__(
+        self,
+        open_store: Callable[[], dist.Store],
+        name: str,
+        is_first: bool,
+        open_timeout_s: float,
+        tensor_host: str = "127.0.0.1",
+    ) -> None:
+        """Meet the peer under `name` in the store; exactly one of the two says `is_first`.
 
-        Raises `PeerLostError` where the peer does not come in time.
+        `tensor_host` is the address of this side's interface that the pair uses. Raises `PeerLostError` where the peer
+        does not come in time.
         """
         self.name = name
         self._rank = 0 if is_first else 1
         self._peer = 1 - self._rank
         self._fault: str | None = None
         self._group: dist.ProcessGroupGloo | None = None
-        try:
-            timeout = timedelta(seconds=open_timeout_s)
-            self._group = dist.ProcessGroupGloo(dist.PrefixStore(name, store), self._rank, 2, timeout)
-        except RuntimeError as error:
-            raise self._lost("did not come to the rendezvous", error) from error
+
+        def meet() -> dist.ProcessGroupGloo:
+            options = dist.ProcessGroupGloo._Options()
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=tensor_host)]
+            options._timeout = timedelta(seconds=open_timeout_s)
+            return dist.ProcessGroupGloo(dist.PrefixStore(name, open_store()), self._rank, 2, options)
+
+        self._group = self._in_time(meet, open_timeout_s)
+
+    def _in_time(self, meet: Callable[[], dist.ProcessGroupGloo], timeout_s: float) -> dist.ProcessGroupGloo:
+        """`meet` in a thread of its own, which is left behind where it takes longer.
+
+        torch's store client waits without end for a server that is stopped, whatever timeout it was given.
+        """
+        found: list[dist.ProcessGroupGloo] = []
+        faults: list[RuntimeError] = []
+
+        def run() -> None:
+            try:
+                found.append(meet())
+            except RuntimeError as error:
+                faults.append(error)
+
+        thread = threading.Thread(target=run, name=f"meet-{self.name[:8]}", daemon=True)
+        thread.start()
+        thread.join(timeout_s)
+        if not found:
+            why = faults[0] if faults else TimeoutError(f"nobody was there within {timeout_s:.1f} s")
+            raise self._lost("did not come to the rendezvous", why) from why
+        return found[0]
 
     def send(self, tensors: Sequence[torch.Tensor], deadline_s: float) -> None:
-        """Hand over contiguous CPU tensors; returns when they are on their way. Raises `PeerLostError`."""
         group, end = self._open(), time.monotonic() + deadline_s
         try:
             for work in [group.send([tensor], self._peer, 0) for tensor in tensors if tensor.numel()]:
@@ -67,7 +106,6 @@ class GlooLink:
             raise self._lost("took nothing", error) from error
 
     def recv(self, specs: Sequence[TensorSpec], deadline_s: float) -> list[torch.Tensor]:
-        """The peer's next tensors, in order. Raises `PeerLostError` at the deadline or when the peer dies."""
         group, end = self._open(), time.monotonic() + deadline_s
         tensors = [torch.empty(spec.shape, dtype=spec.dtype) for spec in specs]
         try:
@@ -78,7 +116,6 @@ class GlooLink:
         return tensors
 
     def close(self) -> None:
-        """Break the link; the peer's waits end with an error."""
         self._fault = self._fault or "closed on this side"
         self._group = None
 
@@ -96,3 +133,57 @@ class GlooLink:
 
 def _left(end: float) -> timedelta:
     return timedelta(seconds=max(MIN_WAIT_S, end - time.monotonic()))
+
+
+class LinkServer:
+    """An expert worker's side of the rendezvous: a store on `tensor_host`, at any free port."""
+
+    def __init__(self, tensor_host: str, open_timeout_s: float) -> None:
+        """`open_timeout_s`: how long `accept` waits for the other side. Raises `ConfigError` for an address that is
+        none of this machine's.
+        """
+        self._tensor_host = tensor_host
+        self._open_timeout_s = open_timeout_s
+        try:
+            family = socket.getaddrinfo(tensor_host, 0, type=socket.SOCK_STREAM)[0][0]
+            # torch would listen on every interface.
+            listener = socket.create_server((tensor_host, 0), family=family, backlog=128)
+        except OSError as error:
+            raise ConfigError(
+                f"tensor_host {tensor_host!r} is no address that tensor links can listen on: {error}",
+                param="tensor_host",
+            ) from error
+        port = listener.getsockname()[1]
+        self._store = dist.TCPStore(
+            tensor_host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=open_timeout_s),
+            master_listen_fd=listener.detach(),
+        )
+        self._offer = LinkOffer(host=tensor_host, port=port)
+
+    def offer(self) -> LinkOffer:
+        """Where `connect_link` finds this store."""
+        return self._offer
+
+    def accept(self, link_id: str) -> GlooLink:
+        """Wait for the attention worker that comes under `link_id`. Any thread, several at once.
+
+        Raises `PeerLostError` where it does not come within `open_timeout_s`.
+        """
+        # One connection to the store is one wait at a time: each link has its own.
+        return GlooLink(self._store.clone, link_id, True, self._open_timeout_s, self._tensor_host)
+
+
+def connect_link(offer: LinkOffer, link_id: str, tensor_host: str, timeout_s: float) -> GlooLink:
+    """An attention worker's side: meet the expert worker that made `offer` under `link_id`.
+
+    Raises `PeerLostError` within `timeout_s`, whatever the other side does.
+    """
+
+    def open_store() -> dist.Store:
+        return dist.TCPStore(offer.host, offer.port, is_master=False, timeout=timedelta(seconds=timeout_s))
+
+    return GlooLink(open_store, link_id, False, timeout_s, tensor_host)

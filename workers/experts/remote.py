@@ -6,116 +6,53 @@ with its own: who computed a row changes no bit of the sum (numerics class `inva
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from cluster.errors import PeerLostError
+from cluster.protocol import Peer
 from workers.experts.backend import Pending
-from workers.experts.exchange import PeerLink, TensorSpec
+from workers.experts.exchange import PeerLink
+from workers.experts.shard import Shard, expert_rows
+from workers.experts.wire import OK, Call, recv_reply, send_call, send_stop
 from workers.kernels.moe_combine import moe_combine
-from workers.kernels.moe_experts import moe_experts
-from workers.models.weights import ExpertWeights
 from workers.numerics import Numerics
 
-STOP_LAYER = -1  # in a header: no more calls
-IDLE_S = 3600.0  # an expert worker waits so long for a call; its link breaks at once when its peer dies
+log = logging.getLogger(__name__)
+
+HERE, NOBODY = -1, -2  # in the place of a remote
+STOP_S = 0.5  # to tell a peer that no more calls come
+
+
+@dataclass(slots=True, eq=False)
+class Remote:
+    """A peer and the link to it; None once it broke, or where it could not be opened."""
+
+    peer: Peer
+    link: PeerLink | None
 
 
 @dataclass(frozen=True)
-class Shard:
-    """The experts that one worker owns, of each layer: their ids, ascending, and their weights in that order."""
+class Holders:
+    """Who holds which experts, at one moment."""
 
-    expert_ids: Sequence[tuple[int, ...]]  # by layer; empty where it owns none
-    weights: Sequence[ExpertWeights | None]
-
-    def places(self, layer: int, num_experts: int) -> torch.Tensor:
-        """[E] int64: an expert's place among the shard's own, -1 for others."""
-        places = torch.full((num_experts,), -1, dtype=torch.int64)
-        ids = torch.tensor(self.expert_ids[layer], dtype=torch.int64)
-        places[ids] = torch.arange(len(ids))
-        return places
+    remotes: Sequence[Remote]
+    places: Sequence[Sequence[Sequence[int]]]  # by layer, by expert: places in `remotes`, the preferred first
 
 
-def take_shard(layers: Sequence[ExpertWeights | None], expert_ids: Sequence[tuple[int, ...]]) -> Shard:
-    """A copy of the named experts of each layer, laid out as the whole is."""
+@dataclass(frozen=True)
+class Patience:
+    """How long a peer may take: for an answer at all, and for each row of a call."""
 
-    def part(weight: torch.Tensor, ids: tuple[int, ...]) -> torch.Tensor:
-        return weight.transpose(1, 2)[list(ids)].transpose(1, 2)
+    peer_s: float
+    row_s: float = 0.0
 
-    weights = [
-        None if layer is None or not ids else ExpertWeights(part(layer.gate_up, ids), part(layer.down, ids))
-        for layer, ids in zip(layers, expert_ids, strict=True)
-    ]
-    return Shard(expert_ids, weights)
-
-
-def expert_rows(weights: ExpertWeights, rows: torch.Tensor, places: torch.Tensor, numerics: Numerics) -> torch.Tensor:
-    """rows [n, H] through the experts at `places` [n] of `weights`, unweighted -> [n, H]."""
-    ones = torch.ones(rows.shape[0], 1)
-    return moe_experts(rows, places.unsqueeze(1), ones, weights.gate_up, weights.down, numerics)
-
-
-class MixedExperts:
-    """Some experts here, the others behind links. `begin` sends and computes its own; `finish` waits for the rest."""
-
-    def __init__(
-        self,
-        shard: Shard,
-        links: Sequence[PeerLink],
-        owners: Sequence[torch.Tensor],
-        numerics: Numerics,
-        deadline_s: float,
-    ) -> None:
-        """`owners[layer]` [E] int64: which of `links` has an expert, -1 for this worker."""
-        self._shard = shard
-        self._links = links
-        self._owners = owners
-        self._places = [shard.places(layer, owner.shape[0]) for layer, owner in enumerate(owners)]
-        self._numerics = numerics
-        self._deadline_s = deadline_s
-
-    def begin(
-        self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-    ) -> RemotePending:
-        """hidden [T, H], topk_ids [T, k] int64, topk_weights [T, k] float32. Raises `PeerLostError`."""
-        num_tokens, top_k = topk_ids.shape
-        flat_ids = topk_ids.reshape(-1)
-        owners = self._owners[layer][flat_ids]
-        asked: dict[int, torch.Tensor] = {}
-        for index, link in enumerate(self._links):
-            rows = (owners == index).nonzero().squeeze(1)
-            if rows.numel():
-                asked[index] = rows
-                header = torch.tensor([layer, rows.shape[0]])
-                link.send([header, flat_ids[rows], hidden[rows // top_k]], self._deadline_s)
-        by_choice = hidden.new_empty(num_tokens * top_k, hidden.shape[1])
-        own = (owners < 0).nonzero().squeeze(1)
-        weights = self._shard.weights[layer]
-        if own.numel():
-            assert weights is not None, f"layer {layer} has no experts here"
-            places = self._places[layer][flat_ids[own]]
-            by_choice[own] = expert_rows(weights, hidden[own // top_k], places, self._numerics)
-        return RemotePending(by_choice, layer, topk_weights, asked)
-
-    def finish(self, pending: Pending) -> torch.Tensor:
-        """-> [T, H]. Raises `PeerLostError` where a peer died or is late."""
-        assert isinstance(pending, RemotePending)
-        for index, rows in pending.asked.items():
-            spec = TensorSpec((rows.shape[0], pending.output.shape[1]), pending.output.dtype)
-            (pending.output[rows],) = self._links[index].recv([spec], self._deadline_s)
-        num_tokens, top_k = pending.topk_weights.shape
-        return moe_combine(pending.output.view(num_tokens, top_k, -1), pending.topk_weights, self._numerics)
-
-    def close(self) -> None:
-        """Tell every peer that no more calls come."""
-        for link in self._links:
-            try:
-                link.send([torch.tensor([STOP_LAYER, 0])], self._deadline_s)
-            except PeerLostError:
-                continue  # it is gone already
-            link.close()
+    def of(self, num_rows: int) -> float:
+        return self.peer_s + num_rows * self.row_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,20 +60,206 @@ class RemotePending(Pending):
     """What is on its way: `output` holds a row for each (token, choice)."""
 
     layer: int
+    hidden: torch.Tensor  # [T, H]
+    flat_ids: torch.Tensor  # [T * k]
     topk_weights: torch.Tensor  # [T, k]
-    asked: Mapping[int, torch.Tensor]  # link -> the rows that it computes
+    asked: list[tuple[Remote, Call, torch.Tensor]] = field(default_factory=list)  # with the rows that it computes
+    failed: list[torch.Tensor] = field(default_factory=list)  # rows whose remote was lost
 
 
-def serve_experts(shard: Shard, link: PeerLink, num_experts: int, hidden_size: int, numerics: Numerics) -> None:
-    """An expert worker's loop for one attention worker, until that one says stop. Raises `PeerLostError`."""
-    places = [shard.places(layer, num_experts) for layer in range(len(shard.weights))]
-    while True:
-        (header,) = link.recv([TensorSpec((2,), torch.int64)], IDLE_S)
-        layer, num_rows = header.tolist()
-        if layer == STOP_LAYER:
-            return
-        specs = [TensorSpec((num_rows,), torch.int64), TensorSpec((num_rows, hidden_size))]
-        expert_ids, rows = link.recv(specs, IDLE_S)
-        weights = shard.weights[layer]
-        assert weights is not None, f"layer {layer} was asked for and has no experts here"
-        link.send([expert_rows(weights, rows, places[layer][expert_ids], numerics)], IDLE_S)
+class MixedExperts:
+    """Some experts here, the others behind links. `begin` sends and computes its own; `finish` waits for the rest.
+
+    A remote that dies, is late or lacks an expert is passed over from then on, and its rows go to the next holder. The
+    calls come from one thread; `hold` may come from another.
+    """
+
+    def __init__(
+        self, shard: Shard, num_experts: Sequence[int], numerics: Numerics, patience: Patience,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """`num_experts` by layer, 0 where it is dense. `on_change` follows a loss, on the thread of the calls."""
+        self._shard = shard
+        self._num_experts = num_experts
+        self._own_places = [shard.places(layer, count) for layer, count in enumerate(num_experts)]
+        self._numerics = numerics
+        self._patience = patience
+        self._on_change = on_change
+        self._state = threading.Condition()  # guards what follows
+        self._holders = Holders((), [[()] * count for count in num_experts])
+        self._lacks: set[tuple[int, int, int]] = set()  # a remote's place, layer, expert: it said so itself
+        self._owners: list[torch.Tensor] = []  # by layer, [E] int64: a remote's place, HERE or NOBODY
+        self._is_ready = False
+        self._under_way: RemotePending | None = None
+        self._choose_owners()
+
+    @property
+    def is_ready(self) -> bool:
+        """Every expert is here or behind a link that is up."""
+        return self._is_ready
+
+    @property
+    def holders(self) -> Holders:
+        return self._holders
+
+    def hold(self, holders: Holders) -> None:
+        """From the next rows on, experts are with these; remotes that are not among them are closed.
+
+        Blocks while a call is under way, whose replies are still due on the old links.
+        """
+        with self._state:
+            gone = [remote for remote in self._holders.remotes if remote not in holders.remotes]
+            self._holders = holders
+            self._lacks.clear()
+            self._choose_owners()
+            pending = self._under_way
+            rows = 0 if pending is None else pending.flat_ids.shape[0]
+            self._state.wait_for(lambda: self._under_way is not pending or pending is None, self._patience.of(rows))
+        for remote in gone:
+            _close(remote)
+
+    def close(self) -> None:
+        """Tell every peer that no more calls come."""
+        self.hold(Holders((), [[()] * count for count in self._num_experts]))
+
+    def begin(
+        self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> RemotePending:
+        """hidden [T, H], topk_ids [T, k] int64, topk_weights [T, k] float32. Raises `PeerLostError`."""
+        flat_ids = topk_ids.reshape(-1)
+        by_choice = hidden.new_empty(flat_ids.shape[0], hidden.shape[1])
+        pending = RemotePending(by_choice, layer, hidden, flat_ids, topk_weights)
+        self._start(pending)
+        try:
+            own = self._ask(pending, torch.arange(flat_ids.shape[0], device=flat_ids.device))
+        except PeerLostError:
+            self._end()
+            raise
+        if own.numel():
+            weights = self._shard.weights[layer]
+            assert weights is not None, f"layer {layer} has no experts here"
+            places = self._own_places[layer].to(flat_ids.device)[flat_ids[own]]
+            by_choice[own] = expert_rows(weights, hidden[own // topk_ids.shape[1]], places, self._numerics)
+        return pending
+
+    def finish(self, pending: Pending) -> torch.Tensor:
+        """-> [T, H]. Raises `PeerLostError` where nobody is left for a row; the links that are up stay in step."""
+        assert isinstance(pending, RemotePending)
+        try:
+            self._collect(pending)
+            while pending.failed:
+                rows = torch.cat(pending.failed)
+                pending.failed.clear()
+                self._ask(pending, rows)
+                self._collect(pending)
+        except PeerLostError:  # nothing is under way: whatever else leaves here may leave replies that are due
+            self._end()
+            raise
+        self._end()
+        num_tokens, top_k = pending.topk_weights.shape
+        return moe_combine(pending.output.view(num_tokens, top_k, -1), pending.topk_weights, self._numerics)
+
+    # ------------------------------------------------------------------------------------------------ parts of a call
+
+    def _start(self, pending: RemotePending) -> None:
+        with self._state:
+            left, self._under_way = self._under_way, pending
+        if left is not None:  # a step that failed between begin and finish: replies are due that nobody took
+            for remote, _, _ in left.asked:
+                self._lose(remote, PeerLostError("a call was broken off"))
+
+    def _end(self) -> None:
+        with self._state:
+            self._under_way = None
+            self._state.notify_all()
+
+    def _ask(self, pending: RemotePending, rows: torch.Tensor) -> torch.Tensor:
+        """Send each of `rows` to its owner, one call a remote; -> those that are to be computed here.
+
+        Nothing may be under way: a remote takes no second call before its reply is taken. Raises `PeerLostError`, and
+        then has sent nothing.
+        """
+        with self._state:
+            remotes, owners = self._holders.remotes, self._owners[pending.layer]
+        expert_ids = pending.flat_ids[rows]
+        owner = owners.to(expert_ids.device)[expert_ids]
+        if bool((owner == NOBODY).any()):
+            missing = expert_ids[owner == NOBODY].unique().tolist()
+            raise PeerLostError(f"no worker that can be reached holds experts {missing} of layer {pending.layer}")
+        top_k = pending.topk_weights.shape[1]
+        for place, remote in enumerate(remotes):
+            part = rows[owner == place]
+            if not part.numel():
+                continue
+            call = Call(pending.layer, pending.flat_ids[part].cpu(), pending.hidden[part // top_k].cpu())
+            try:
+                send_call(_open(remote), call, self._patience.of(part.shape[0]))
+            except PeerLostError as error:
+                self._lose(remote, error)
+                pending.failed.append(part)
+            else:
+                pending.asked.append((remote, call, part))
+        return rows[owner == HERE]
+
+    def _collect(self, pending: RemotePending) -> None:
+        """Take all replies that are due; rows without one are `pending.failed`."""
+        for remote, call, rows in pending.asked:
+            try:
+                output, missing = recv_reply(_open(remote), call, self._patience.of(rows.shape[0]))
+            except PeerLostError as error:
+                self._lose(remote, error)
+                pending.failed.append(rows)
+                continue
+            if missing == OK:
+                pending.output[rows] = output.to(pending.output.device)
+            else:
+                self._pass_over(remote, pending.layer, missing)
+                pending.failed.append(rows)
+        pending.asked.clear()
+
+    def _lose(self, remote: Remote, error: PeerLostError) -> None:
+        with self._state:
+            if remote.link is None:
+                return
+            remote.link.close()
+            remote.link = None
+            self._choose_owners()
+        log.warning("expert worker %s (%s) is lost: %s", remote.peer.name, remote.peer.address, error.message)
+        self._on_change()
+
+    def _pass_over(self, remote: Remote, layer: int, expert: int) -> None:
+        with self._state:
+            if remote in self._holders.remotes:
+                self._lacks.add((self._holders.remotes.index(remote), layer, expert))
+                self._choose_owners()
+        log.warning("expert worker %s does not hold expert %d of layer %d", remote.peer.name, expert, layer)
+        self._on_change()
+
+    def _choose_owners(self) -> None:
+        """Whom each expert is asked of; under the lock."""
+        up = [remote.link is not None for remote in self._holders.remotes]
+        self._owners = []
+        for layer, experts in enumerate(self._holders.places):
+            owners = [
+                next((p for p in places if up[p] and (p, layer, expert) not in self._lacks), NOBODY)
+                for expert, places in enumerate(experts)
+            ]
+            for expert in self._shard.expert_ids[layer]:
+                owners[expert] = HERE
+            self._owners.append(torch.tensor(owners, dtype=torch.int64))
+        self._is_ready = not any(bool((owners == NOBODY).any()) for owners in self._owners)
+
+
+def _open(remote: Remote) -> PeerLink:
+    if remote.link is None:
+        raise PeerLostError(f"the link to {remote.peer.name} is broken")
+    return remote.link
+
+
+def _close(remote: Remote) -> None:
+    if remote.link is not None:
+        try:
+            send_stop(remote.link, STOP_S)
+        except PeerLostError as error:
+            log.debug("expert worker %s is gone already: %s", remote.peer.name, error.message)
+        remote.link.close()

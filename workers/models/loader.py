@@ -1,35 +1,23 @@
 """From a folder in Hugging Face layout to the fused weights that the decoder reads.
 
-Everything is checked from the headers first: names, shapes, dtypes, room. Then each tensor is read once, straight into
-its place where that has the file's dtype and order and is on the host, otherwise through a small buffer. So the peak
-of host memory is the weights themselves.
+Everything is checked from the headers first: names, shapes, dtypes, room. Then each tensor is read once, into its place
+(`workers.models.reading`).
 """
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from queue import SimpleQueue
-from typing import NoReturn
 
 import torch
 
 from cluster.errors import CheckpointError
-from workers.models.checkpoint import (
-    DTYPES,
-    MAX_ITEMSIZE,
-    TensorEntry,
-    majority_dtype,
-    read_config,
-    read_entries,
-    read_json,
-)
-from workers.models.families import DERIVED_SUFFIX, family_of, spec_from_config, weight_parts
+from workers.experts.shard import ExpertIds, Shard, check_expert_ids
+from workers.models.checkpoint import DTYPES, TensorEntry, majority_dtype, read_config, read_entries, read_json
+from workers.models.families import DERIVED_SUFFIX, MoENames, expert_parts, family_of, spec_from_config, weight_parts
+from workers.models.reading import Progress, Wanted, holds, read_tensors
 from workers.models.spec import ModelSpec
 from workers.models.weights import (
     AttentionWeights,
@@ -40,11 +28,36 @@ from workers.models.weights import (
     MoEWeights,
 )
 
-NUM_READERS = 4
-PIECE_BYTES = 2 << 20  # of one read
-SERIAL_NUMBERS = 1 << 15  # torch shares out larger copies, and would fight the readers for the processors
 
-Progress = Callable[[int, int], None]  # bytes of the checkpoint read so far, and in all
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose names, shapes and dtypes were found right. None of its tensors is read yet."""
+
+    path: Path
+    spec: ModelSpec
+    dtype: torch.dtype  # that its weights take on the device
+    layouts: Sequence[MoENames]
+    entries: Mapping[str, TensorEntry]
+
+
+def open_checkpoint(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> Checkpoint:
+    """The checkpoint in folder `path`. `dtype` None: its own on a GPU, float32 on a CPU.
+
+    Raises `CheckpointError` naming file and tensor, or `UnsupportedModelError` for what is not built.
+    """
+    config = read_config(path)
+    spec = spec_from_config(config)
+    entries = read_entries(path)
+    if dtype is None:
+        # bf16 products on a CPU can be a hundred times slower than fp32, and are never needed for parity.
+        dtype = torch.float32 if device.type == "cpu" else majority_dtype(entries)
+    layouts = family_of(config).moe_layouts
+    seen = set()
+    for name, part in weight_parts(spec, empty_weights(spec, torch.device("meta"), dtype), layouts, entries):
+        _check_entry(path, name, entries.get(name), part)
+        seen.add(name)
+    _check_extra(entries, seen, spec)
+    return Checkpoint(path, spec, dtype, layouts, entries)
 
 
 def load_model(
@@ -55,44 +68,71 @@ def load_model(
     progress: Progress | None = None,
     limit_bytes: int | None = None,
     laid_out: bool = False,
+    with_experts: bool = True,
 ) -> tuple[ModelSpec, ModelWeights]:
     """The architecture and the weights of the checkpoint in folder `path`.
 
-    `dtype` None: the checkpoint's own on a GPU, float32 on a CPU. `limit_bytes`: the memory that the weights may take.
-    `laid_out`: matrices lie in memory as products on a CPU read them (see `empty_weights`). Raises `CheckpointError`
-    naming file and tensor, or `UnsupportedModelError` for what is not built; no memory is taken before names, shapes
-    and dtypes are found right.
+    `limit_bytes`: the memory that the weights may take. `laid_out`: matrices lie in memory as products on a CPU read
+    them (see `empty_weights`). Without `with_experts` the routed experts are checked, and neither read nor given room.
+    Raises what `open_checkpoint` raises, before any memory is taken, and `CheckpointError` for a tensor that cannot be
+    read.
     """
-    config = read_config(path)
-    spec = spec_from_config(config)
-    entries = read_entries(path)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else majority_dtype(entries)
-    layouts = family_of(config).moe_layouts
-    outline = empty_weights(spec, torch.device("meta"), dtype)
-    needed_bytes = 0
-    seen = set()
-    for name, part in weight_parts(spec, outline, layouts, entries):
-        _check_entry(path, name, entries.get(name), part)
-        seen.add(name)
-        needed_bytes += part.nbytes
-    _check_extra(entries, seen, spec)
-    if limit_bytes is not None and needed_bytes > limit_bytes:
-        raise CheckpointError(
-            f"the weights of {path} take {_gib(needed_bytes)} in {_name(dtype)}, and {_gib(limit_bytes)} are free on "
-            f"{device}: take a smaller model or a larger machine"
-        )
+    checkpoint = open_checkpoint(path, device, dtype)
+    spec, dtype, entries = checkpoint.spec, checkpoint.dtype, checkpoint.entries
+    outline = empty_weights(spec, torch.device("meta"), dtype, with_experts=with_experts)
+    needed_bytes = sum(part.nbytes for _, part in weight_parts(spec, outline, checkpoint.layouts, entries))
+    _check_room(path, needed_bytes, dtype, limit_bytes, device)
     try:
-        weights = empty_weights(spec, device, dtype, laid_out)
+        weights = empty_weights(spec, device, dtype, laid_out, with_experts)
     except RuntimeError as error:  # also torch.OutOfMemoryError
-        raise CheckpointError(f"no room on {device} for the {_gib(needed_bytes)} of {path}: {error}") from error
-    _read(entries, dict(weight_parts(spec, weights, layouts, entries)), progress)
+        raise _no_room(path, needed_bytes, device, error) from error
+    parts = weight_parts(spec, weights, checkpoint.layouts, entries)
+    read_tensors([Wanted(name, entries[name], part) for name, part in parts], progress)
     if spec.tie_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= entries.keys():
         _check_tied(entries["lm_head.weight"], weights.embedding)
     return spec, weights
 
 
-def empty_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype, laid_out: bool = False) -> ModelWeights:
+def load_experts(
+    path: Path,
+    expert_ids: ExpertIds,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    limit_bytes: int | None = None,
+    laid_out: bool = False,
+) -> Shard:
+    """Some routed experts of the checkpoint in folder `path`, by layer, ids ascending; nothing else is read.
+
+    As `load_model`, whose experts they equal. Raises `ConfigError` for experts that the model does not have.
+    """
+    checkpoint = open_checkpoint(path, device, dtype)
+    spec, dtype, entries = checkpoint.spec, checkpoint.dtype, checkpoint.entries
+    check_expert_ids(expert_ids, spec.num_experts)
+    needed_bytes = sum(map(len, expert_ids)) * expert_bytes(spec, dtype)
+    _check_room(path, needed_bytes, dtype, limit_bytes, device)
+    try:
+        weights = [_empty_experts(spec, len(ids), device, dtype, laid_out) if ids else None for ids in expert_ids]
+    except RuntimeError as error:
+        raise _no_room(path, needed_bytes, device, error) from error
+    wanted = [
+        Wanted(name, entries[name] if row is None else _row(entries[name], row), part)
+        for layer, (ids, experts) in enumerate(zip(expert_ids, weights, strict=True))
+        if experts is not None
+        for name, row, part in expert_parts(layer, ids, experts, checkpoint.layouts, entries)
+    ]
+    read_tensors(wanted)
+    return Shard(expert_ids, weights)
+
+
+def expert_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """What one routed expert takes; 0 for a dense model."""
+    return 3 * spec.hidden * spec.moe.intermediate * dtype.itemsize if spec.moe is not None else 0
+
+
+def empty_weights(
+    spec: ModelSpec, device: torch.device, dtype: torch.dtype, laid_out: bool = False, with_experts: bool = True
+) -> ModelWeights:
     """Weights of the right shapes with nothing in them; on the device "meta", shapes alone.
 
     `laid_out`: a matrix [..., out, in] lies in memory as [..., in, out], see `workers.numerics.laid_out`; a tied
@@ -102,11 +142,8 @@ def empty_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype, lai
     def vector(size: int) -> torch.Tensor:
         return torch.empty(size, device=device, dtype=dtype)
 
-    def matrix(*shape: int) -> torch.Tensor:
-        if not laid_out:
-            return torch.empty(shape, device=device, dtype=dtype)
-        *lead, num_out, num_in = shape
-        return torch.empty((*lead, num_in, num_out), device=device, dtype=dtype).transpose(-1, -2)
+    def matrix(num_out: int, num_in: int) -> torch.Tensor:
+        return _empty_matrix((num_out, num_in), device, dtype, laid_out)
 
     def dense(intermediate: int) -> DenseWeights:
         return DenseWeights(
@@ -137,10 +174,7 @@ def empty_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype, lai
             assert moe is not None
             mlp = MoEWeights(
                 router=matrix(moe.num_experts, spec.hidden),
-                experts=ExpertWeights(
-                    gate_up=matrix(moe.num_experts, 2 * moe.intermediate, spec.hidden),
-                    down=matrix(moe.num_experts, spec.hidden, moe.intermediate),
-                ),
+                experts=_empty_experts(spec, moe.num_experts, device, dtype, laid_out) if with_experts else None,
                 shared=dense(moe.shared_intermediate) if moe.shared_intermediate else None,
                 shared_gate=matrix(1, spec.hidden) if moe.shared_intermediate else None,
             )
@@ -150,7 +184,45 @@ def empty_weights(spec: ModelSpec, device: torch.device, dtype: torch.dtype, lai
     return ModelWeights(embedding, tuple(layers), vector(spec.hidden), lm_head)
 
 
+def _empty_experts(
+    spec: ModelSpec, count: int, device: torch.device, dtype: torch.dtype, laid_out: bool
+) -> ExpertWeights:
+    assert spec.moe is not None
+    inner = spec.moe.intermediate
+    return ExpertWeights(
+        gate_up=_empty_matrix((count, 2 * inner, spec.hidden), device, dtype, laid_out),
+        down=_empty_matrix((count, spec.hidden, inner), device, dtype, laid_out),
+    )
+
+
+def _empty_matrix(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, laid_out: bool) -> torch.Tensor:
+    """[..., out, in]; see `empty_weights`."""
+    if not laid_out:
+        return torch.empty(shape, device=device, dtype=dtype)
+    *lead, num_out, num_in = shape
+    return torch.empty((*lead, num_in, num_out), device=device, dtype=dtype).transpose(-1, -2)
+
+
+def _row(entry: TensorEntry, row: int) -> TensorEntry:
+    """Where a row of a tensor's first dimension lies."""
+    shape = entry.shape[1:]
+    num_bytes = prod(shape) * DTYPES[entry.dtype].itemsize
+    return TensorEntry(entry.file, entry.dtype, shape, entry.offset + row * num_bytes, num_bytes)
+
+
 # ------------------------------------------------------------------------------------------------------- checking
+
+
+def _check_room(path: Path, needed_bytes: int, dtype: torch.dtype, limit: int | None, device: torch.device) -> None:
+    if limit is not None and needed_bytes > limit:
+        raise CheckpointError(
+            f"the weights of {path} take {_gib(needed_bytes)} in {_name(dtype)}, and {_gib(limit)} are free on "
+            f"{device}: take a smaller model or a larger machine"
+        )
+
+
+def _no_room(path: Path, needed_bytes: int, device: torch.device, error: Exception) -> CheckpointError:
+    return CheckpointError(f"no room on {device} for the {_gib(needed_bytes)} of {path}: {error}")
 
 
 def _gib(num_bytes: int) -> str:
@@ -193,149 +265,16 @@ def _check_extra(entries: Mapping[str, TensorEntry], seen: set[str], spec: Model
 
 def _check_tied(entry: TensorEntry, embedding: torch.Tensor) -> None:
     """A checkpoint with tied embeddings may hold the matrix twice, but then it must be the same."""
-    if entry.shape == tuple(embedding.shape) and entry.dtype in DTYPES:
-        buffer = torch.empty(_buffer_bytes([embedding]), dtype=torch.uint8)
-        with _opened({"lm_head.weight": entry}) as files:
-            same = all(
-                torch.equal(_numbers(piece, files, buffer).to(embedding.dtype), piece.target.cpu())
-                for piece in _pieces("lm_head.weight", entry, embedding)
-            )
-        if same:
-            return
+    if (
+        entry.shape == tuple(embedding.shape)
+        and entry.dtype in DTYPES
+        and holds(Wanted("lm_head.weight", entry, embedding))
+    ):
+        return
     raise CheckpointError(
         f"{entry.file}: config.json says tie_word_embeddings, but lm_head.weight differs from the embedding: set "
         "tie_word_embeddings to false there, or remove the tensor"
     )
-
-
-# -------------------------------------------------------------------------------------------------------- reading
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Some of a tensor's numbers: where they lie, and where they go."""
-
-    name: str
-    entry: TensorEntry
-    offset: int  # in the file
-    target: torch.Tensor  # [n] or, where that is no run of memory, [rows, in]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return DTYPES[self.entry.dtype]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.target.numel() * self.dtype.itemsize
-
-    @property
-    def is_direct(self) -> bool:
-        """The file's bytes are the target's."""
-        target = self.target
-        return target.device.type == "cpu" and target.dtype == self.dtype and target.is_contiguous()
-
-
-def _pieces(name: str, entry: TensorEntry, part: torch.Tensor) -> Iterator[_Piece]:
-    runs = [part.view(-1)] if part.is_contiguous() else part.unbind() if part.dim() == 3 else [part]
-    offset = entry.offset
-    for run in runs:
-        row_bytes = run[:1].numel() * DTYPES[entry.dtype].itemsize
-        for target in run.split(max(1, PIECE_BYTES // row_bytes)):
-            yield _Piece(name, entry, offset, target)
-            offset += target.numel() * DTYPES[entry.dtype].itemsize
-
-
-def _buffer_bytes(parts: Iterable[torch.Tensor]) -> int:
-    """What the largest piece of these needs: a few rows, or one very long one."""
-    return max(PIECE_BYTES, *(part.shape[-1] * MAX_ITEMSIZE for part in parts))
-
-
-def _read(entries: Mapping[str, TensorEntry], parts: Mapping[str, torch.Tensor], progress: Progress | None) -> None:
-    """Fill `parts` from the files, in the files' order, several pieces at a time."""
-    entries = {name: entry for name, entry in entries.items() if name in parts}
-    total = sum(entry.num_bytes for entry in entries.values())
-    done = 0
-    pinned = any(part.device.type == "cuda" for part in parts.values())
-    buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
-    for _ in range(NUM_READERS):
-        buffers.put(torch.empty(_buffer_bytes(parts.values()), dtype=torch.uint8, pin_memory=pinned))
-
-    def transfer(piece: _Piece) -> int:
-        if piece.is_direct:
-            _numbers(piece, files, None)
-            return piece.num_bytes
-        buffer = buffers.get_nowait()  # there are as many as readers
-        try:
-            _copy(_numbers(piece, files, buffer), piece.target)
-        finally:
-            buffers.put(buffer)
-        return piece.num_bytes
-
-    def finish(future: Future[int]) -> None:
-        nonlocal done
-        done += future.result()
-        if progress is not None:
-            progress(done, total)
-
-    with _opened(entries) as files, ThreadPoolExecutor(NUM_READERS, thread_name_prefix="read-weights") as pool:
-        under_way: deque[Future[int]] = deque()
-        for name, entry in entries.items():
-            for piece in _pieces(name, entry, parts[name]):
-                if len(under_way) == 2 * NUM_READERS:
-                    finish(under_way.popleft())
-                under_way.append(pool.submit(transfer, piece))
-        for future in under_way:
-            finish(future)
-
-
-def _copy(numbers: torch.Tensor, target: torch.Tensor) -> None:
-    if target.device.type == "cpu":
-        count = max(1, SERIAL_NUMBERS // numbers[:1].numel())
-        for source, into in zip(numbers.split(count), target.split(count), strict=True):
-            into.copy_(source)
-    else:
-        target.copy_(numbers)
-
-
-def _numbers(piece: _Piece, files: Mapping[Path, int], buffer: torch.Tensor | None) -> torch.Tensor:
-    """Read a piece into `buffer`, or without one into its target; -> its numbers in the target's shape, as they are."""
-    numbers = piece.target
-    if buffer is not None:
-        numbers = buffer[: piece.num_bytes].view(piece.dtype).view(piece.target.shape)
-    view = numbers.view(-1).view(torch.uint8).numpy().data
-    offset = piece.offset
-
-    def fail(problem: object) -> NoReturn:
-        raise CheckpointError(
-            f"{piece.entry.file}: tensor {piece.name} cannot be read: {problem}. Fetch the file again"
-        )
-
-    while view:
-        try:
-            count = os.preadv(files[piece.entry.file], [view], offset)
-        except OSError as error:
-            fail(error)
-        if count == 0:
-            fail("the file ends before it")
-        view, offset = view[count:], offset + count
-    return numbers
-
-
-@contextmanager
-def _opened(entries: Mapping[str, TensorEntry]) -> Iterator[Mapping[Path, int]]:
-    """The descriptors of the entries' files, closed at the end."""
-    files: dict[Path, int] = {}
-    try:
-        for entry in entries.values():
-            if entry.file not in files:
-                try:
-                    files[entry.file] = os.open(entry.file, os.O_RDONLY)
-                except OSError as error:
-                    raise CheckpointError(f"{entry.file} cannot be opened: {error}") from error
-        yield files
-    finally:
-        for descriptor in files.values():
-            os.close(descriptor)
 
 
 # ----------------------------------------------------------------------------------------------- where sequences end

@@ -67,3 +67,9 @@ class ModelSpec:
     qk_norm: QKNorm = "none"
     clip_qkv: float | None = None  # OLMoE: clamp q, k, v to [-clip, clip]
     moe: MoESpec | None = None
+
+    @property
+    def num_experts(self) -> list[int]:
+        """By layer; 0 where it is dense."""
+        count = self.moe.num_experts if self.moe is not None else 0
+        return [count if layer.mlp == "moe" else 0 for layer in self.layers]

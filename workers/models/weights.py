@@ -34,7 +34,7 @@ class DenseWeights:
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """All experts of one layer."""
+    """Experts of one layer: all of them, or those of a shard."""
 
     gate_up: torch.Tensor  # [E, 2I, H]
     down: torch.Tensor  # [E, H, I]
@@ -43,7 +43,7 @@ class ExpertWeights:
 @dataclass(frozen=True, slots=True)
 class MoEWeights:
     router: torch.Tensor  # [E, H]
-    experts: ExpertWeights
+    experts: ExpertWeights | None  # None: they are on other workers
     shared: DenseWeights | None
     shared_gate: torch.Tensor | None  # [1, H]
 

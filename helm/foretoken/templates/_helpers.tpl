@@ -31,6 +31,10 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- default (ternary (include "foretoken.fullname" .) "default" .Values.serviceAccount.create) .Values.serviceAccount.name -}}
 {{- end }}
 
+{{- define "foretoken.image" -}}
+{{- include "foretoken.imageReference" (dict "image" .Values.image "tag" .Chart.AppVersion) -}}
+{{- end }}
+
 {{- define "foretoken.imageReference" -}}
 {{- if .image.digest -}}
 {{- printf "%s@%s" .image.repository .image.digest -}}
@@ -47,8 +51,32 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 /var/lib/foretoken
 {{- end }}
 
-{{- define "foretoken.workload" -}}
-{{- ternary "StatefulSet" "Deployment" (eq .Values.cache.kind "perPod") -}}
+{{/* What clients reach: the whole servers, or a cluster's gateways. */}}
+{{- define "foretoken.front" -}}
+{{- ternary "gateway" "server" (eq .Values.mode "cluster") -}}
+{{- end }}
+
+{{- define "foretoken.frontName" -}}
+{{- include "foretoken.fullname" . -}}{{- ternary "-gateway" "" (eq .Values.mode "cluster") -}}
+{{- end }}
+
+{{- define "foretoken.frontKind" -}}
+{{- ternary "StatefulSet" "Deployment" (and (eq .Values.mode "server") (eq .Values.cache.kind "perPod")) -}}
+{{- end }}
+
+{{/* What a cluster calls itself in its store: the prefix of its keys, and its user there. */}}
+{{- define "foretoken.clusterName" -}}
+{{- default (include "foretoken.fullname" .) .Values.store.namespace -}}
+{{- end }}
+
+{{- define "foretoken.groupName" -}}
+{{- printf "%s-%s-%s" (include "foretoken.fullname" .root) .group.role .group.name -}}
+{{- end }}
+
+{{- define "foretoken.groupSelector" -}}
+{{ include "foretoken.selector" (dict "root" .root "component" "worker") }}
+foretoken/role: {{ .group.role }}
+foretoken/group: {{ .group.name }}
 {{- end }}
 
 {{- define "foretoken.tokenSecret" -}}
@@ -57,6 +85,10 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 
 {{- define "foretoken.redisSecret" -}}
 {{- default (printf "%s-redis" (include "foretoken.fullname" .)) .Values.redis.existingSecret -}}
+{{- end }}
+
+{{- define "foretoken.clusterSecret" -}}
+{{- default (printf "%s-cluster" (include "foretoken.fullname" .)) .Values.clusterToken.existingSecret -}}
 {{- end }}
 
 {{- define "foretoken.podSecurity" -}}
@@ -74,33 +106,4 @@ allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities:
   drop: [ALL]
-{{- end }}
-
-{{/* What a schema cannot say: values that contradict each other. */}}
-{{- define "foretoken.check" -}}
-{{- with .Values -}}
-{{- if and (eq .cache.kind "existingClaim") (not .cache.existingClaim) -}}
-{{- fail "cache.existingClaim: name the PersistentVolumeClaim, or choose another cache.kind" -}}
-{{- end -}}
-{{- if and .cache.existingClaim (ne .cache.kind "existingClaim") -}}
-{{- fail "cache.existingClaim: is used with cache.kind existingClaim only" -}}
-{{- end -}}
-{{- if and .huggingFace.token .huggingFace.existingSecret -}}
-{{- fail "huggingFace.token and huggingFace.existingSecret: give one of them" -}}
-{{- end -}}
-{{- if and .model.revision (not .model.name) -}}
-{{- fail "model.revision: needs model.name, a Hugging Face id" -}}
-{{- end -}}
-{{- if gt (int .autoscaling.minReplicas) (int .autoscaling.maxReplicas) -}}
-{{- fail "autoscaling.minReplicas: must not be larger than autoscaling.maxReplicas" -}}
-{{- end -}}
-{{- if and .ingress.enabled (not .ingress.hosts) -}}
-{{- fail "ingress.hosts: name at least one host" -}}
-{{- end -}}
-{{- range .server.extraEnv -}}
-{{- if hasPrefix "FORETOKEN_" .name -}}
-{{- fail (printf "server.extraEnv: %s would hide what the chart sets; use settings" .name) -}}
-{{- end -}}
-{{- end -}}
-{{- end -}}
 {{- end }}

@@ -116,5 +116,6 @@ def test_the_shipped_file_is_valid_and_says_the_defaults() -> None:
 def test_defaults_agree_with_the_launch_message() -> None:
     launch = {field.name: field.default for field in msgspec.structs.fields(Launch)}
     shared = set(launch) & set(Settings.model_fields)
+    shared -= {"orphan_timeout_s"}  # a worker of `serve` has no controller that it could lose
     assert len(shared) >= 10
     assert {name: Settings.model_fields[name].default for name in shared} == {name: launch[name] for name in shared}

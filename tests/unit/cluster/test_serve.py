@@ -229,7 +229,7 @@ def _wait_for_open_requests(client: httpx.Client, number: int) -> None:
         assert time.monotonic() < deadline, f"there were never {number} open requests"
 
 
-def test_a_dead_worker_costs_its_requests_one_error_event_and_is_replaced(start: Start, tmp_path: Path) -> None:
+def test_a_dead_worker_is_replaced_and_its_requests_go_on(start: Start, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     served = start(SCRIPTED_GATE=str(gate))
     first_pid = served.worker_pid()
@@ -241,17 +241,31 @@ def test_a_dead_worker_costs_its_requests_one_error_event_and_is_replaced(start:
         _wait_for_open_requests(client, 1)
         gate_line = len(served.lines)
         os.kill(first_pid, signal.SIGKILL)
-        running.join(DEADLINE_S)
-        assert "worker_lost" in replies[0]
-        assert "[DONE]" not in replies[0]
-        gate.touch()
-        assert client.post("/v1/chat/completions", json=CHAT).json()["choices"][0]["message"]["content"] == ANSWER
         served.wait_for("signal 9 (Killed", after=gate_line)
+        gate.touch()
+        running.join(DEADLINE_S)
+        *chunks, done = [line.removeprefix("data: ") for line in replies[0].splitlines() if line]
+        assert done == "[DONE]"
+        choices = [json.loads(chunk)["choices"][0] for chunk in chunks]
+        assert "".join(choice["delta"].get("content", "") for choice in choices) == ANSWER
+        assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["stop"]
+        assert 'foretoken:requests_resumed_total{model_name="foretoken-demo"} 1.0' in client.get("/metrics").text
+        assert client.post("/v1/chat/completions", json=CHAT).json()["choices"][0]["message"]["content"] == ANSWER
     assert served.worker_pid() != first_pid
     served.signal()
     assert served.wait() == 0
     served.wait_for("(end)")
     assert not [line for line in served.lines if "fork" in line]  # gRPC's own word on our starting a process
+
+
+def test_the_page_is_served(start: Start) -> None:
+    served = start()
+    assert "<title>Foretoken</title>" in httpx.get(served.url, timeout=DEADLINE_S).text
+    shown = httpx.get(f"{served.url}/cluster", timeout=DEADLINE_S).json()
+    assert (shown["model"], shown["problem"]) == ("foretoken-demo", None)
+    assert shown["nodes"][0]["memory_bytes"] > 0
+    served.signal()
+    assert served.wait() == 0
 
 
 def test_a_worker_that_cannot_start_is_the_servers_error(start: Start) -> None:

@@ -1,148 +1,184 @@
-"""Experts behind links between real processes: equal bits, and a peer that dies or hangs."""
+"""Experts on other workers, as real processes: equal bits, and workers that die or hang."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import timedelta
+import uuid
+from collections.abc import Iterator, Sequence
 from multiprocessing import get_context
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from cluster.errors import PeerLostError
+from cluster.protocol import Peer
+from tests.support.experts import experts_of, in_moe_layers, make_host, make_route, take_shard
 from tests.support.models import TINY, Driver, random_weights
 from tests.support.numerics import numerics
-from workers.experts.backend import LocalExperts
-from workers.experts.exchange import GlooLink, TensorSpec
-from workers.experts.remote import MixedExperts, serve_experts, take_shard
+from workers.experts.backend import ExpertBackend, LocalExperts
+from workers.experts.exchange import GlooLink, LinkServer, connect_link
+from workers.experts.routed import RoutedExperts
 from workers.models.decoder import Decoder
-from workers.models.weights import ExpertWeights, MoEWeights
 
 DEADLINE_S = 30.0
 ALL = tuple(range(8))
+EVEN, ODD = (0, 2, 4, 6), (1, 3, 5, 7)
+KINDS = [pytest.param("native", marks=pytest.mark.needs("compiler")), "blocks"]
 
 
-def experts() -> list[ExpertWeights | None]:
-    return [layer.mlp.experts if isinstance(layer.mlp, MoEWeights) else None for layer in random_weights(TINY).layers]
-
-
-def open_store(port: int) -> dist.TCPStore:
-    return dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=DEADLINE_S))
-
-
-def run_worker(port: int, name: str, ids: tuple[int, ...], kind: str) -> None:
-    """An expert worker in a process of its own."""
+def run_worker(pipe: Connection, ids: Sequence[int], kind: str) -> None:
+    """An expert worker: says where it is, then serves a link for each id that it is told."""
     torch.set_num_threads(1)
-    link = GlooLink(open_store(port), name, is_first=False, open_timeout_s=DEADLINE_S)
-    shard = take_shard(experts(), [ids if layer.mlp == "moe" else () for layer in TINY.layers])
-    serve_experts(shard, link, len(ALL), TINY.hidden, numerics(kind))
+    host = make_host(TINY, random_weights(TINY), numerics(kind), ids)
+    links = LinkServer("127.0.0.1", DEADLINE_S)
+    pipe.send(links.offer())
+
+    def serve(link_id: str) -> None:
+        with contextlib.suppress(PeerLostError):
+            host.serve(links.accept(link_id))
+
+    threads = []
+    while (link_id := pipe.recv()) is not None:
+        threads.append(threading.Thread(target=serve, args=(link_id,), daemon=True))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
 
 
-@dataclass
-class Rendezvous:
-    store: dist.TCPStore
-    processes: list[BaseProcess]
+class Workers:
+    """Expert workers by id, each a process."""
 
-    def worker(self, name: str, ids: tuple[int, ...], kind: str) -> GlooLink:
-        process = get_context("spawn").Process(target=run_worker, args=(self.store.port, name, ids, kind))
-        process.start()
-        self.processes.append(process)
-        return GlooLink(self.store, name, is_first=True, open_timeout_s=DEADLINE_S)
+    def __init__(self) -> None:
+        self._context = get_context("spawn")
+        self._pipes: dict[str, Connection] = {}
+        self.processes = {}
+        self._offers = {}
+
+    def start(self, held: dict[str, Sequence[int]], kind: str) -> None:
+        for name, ids in held.items():
+            self._pipes[name], there = self._context.Pipe()
+            self.processes[name] = self._context.Process(target=run_worker, args=(there, ids, kind))
+            self.processes[name].start()
+        for name in held:
+            assert self._pipes[name].poll(DEADLINE_S)
+            self._offers[name] = self._pipes[name].recv()
+
+    def open_link(self, peer: Peer) -> GlooLink:
+        link_id = uuid.uuid4().hex
+        self._pipes[peer.worker_id].send(link_id)
+        return connect_link(self._offers[peer.worker_id], link_id, "127.0.0.1", 5.0)
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        pid = self.processes[name].pid
+        assert pid is not None
+        os.kill(pid, number)
+        if number == signal.SIGKILL:
+            self.processes[name].join(DEADLINE_S)
+
+    def end(self) -> list[int | None]:
+        for pipe in self._pipes.values():
+            pipe.send(None)
+        for process in self.processes.values():
+            process.join(DEADLINE_S)
+        return [process.exitcode for process in self.processes.values()]
 
 
 @pytest.fixture
-def rendezvous() -> Iterator[Rendezvous]:
-    timeout = timedelta(seconds=DEADLINE_S)
-    found = Rendezvous(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout), [])
+def workers() -> Iterator[Workers]:
+    found = Workers()
     yield found
-    for process in found.processes:
+    for process in found.processes.values():
         process.kill()
         process.join()
 
 
-def mixed(
-    links: list[GlooLink], parts: list[tuple[int, ...]], kind: str, deadline_s: float = DEADLINE_S
-) -> MixedExperts:
-    """`parts[i]` are the experts behind link i; the rest is here."""
-    owner = torch.full((len(ALL),), -1)
-    for index, ids in enumerate(parts):
-        owner[list(ids)] = index
-    here = tuple(i for i in ALL if owner[i] < 0)
-    shard = take_shard(experts(), [here if layer.mlp == "moe" else () for layer in TINY.layers])
-    return MixedExperts(shard, links, [owner] * len(TINY.layers), numerics(kind), deadline_s)
-
-
-@pytest.mark.parametrize("kind", [pytest.param("native", marks=pytest.mark.needs("compiler")), "blocks"])
-@pytest.mark.parametrize("parts", [[(0, 2, 4, 6), (1, 3, 5, 7)], [(5, 6)]], ids=["remote", "mixed"])
-def test_logits_are_those_of_one_worker_bit_for_bit(
-    rendezvous: Rendezvous, parts: list[tuple[int, ...]], kind: str
-) -> None:
-    weights = random_weights(TINY)
-    links = [rendezvous.worker(f"pair{i}", ids, kind) for i, ids in enumerate(parts)]
-    backend = mixed(links, parts, kind)
+def driver(backend: ExpertBackend, kind: str) -> Driver:
     tokens = torch.randint(0, 96, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-    schedule = [[(0, 30)], *[[(0, 1)]] * 10]
-    local = Decoder(TINY, weights, LocalExperts(experts(), numerics(kind)), numerics(kind))
-    far = Decoder(TINY, weights, backend, numerics(kind))
-    assert torch.equal(Driver(far, [tokens]).run(schedule)[0], Driver(local, [tokens]).run(schedule)[0])
-    backend.close()
-    for process in rendezvous.processes:
-        process.join(DEADLINE_S)
-        assert process.exitcode == 0
+    return Driver(Decoder(TINY, random_weights(TINY), backend, numerics(kind)), [tokens])
 
 
-def call(backend: MixedExperts) -> torch.Tensor:
-    hidden, ids = torch.ones(3, TINY.hidden), torch.tensor([[0, 1], [2, 3], [1, 0]])
-    return backend.finish(backend.begin(0, hidden, ids, torch.full((3, 2), 0.5)))
+def local_logits(kind: str) -> torch.Tensor:
+    local = LocalExperts(experts_of(random_weights(TINY)), numerics(kind))
+    return driver(local, kind).run([[(0, 30)], *[[(0, 1)]] * 10])[0]
 
 
-@pytest.mark.parametrize(("number", "bound_s"), [(signal.SIGKILL, 0.5), (signal.SIGSTOP, 2.0)], ids=["dead", "hung"])
-def test_a_peer_that_dies_is_an_error_at_once_and_a_hung_one_at_the_deadline(
-    rendezvous: Rendezvous, number: signal.Signals, bound_s: float
-) -> None:
-    parts = [(0, 1, 2, 3), (4, 5, 6, 7)]
-    links = [rendezvous.worker(f"pair{i}", ids, "blocks") for i, ids in enumerate(parts)]
-    backend = mixed(links, parts, "blocks", deadline_s=1.0)
-    call(backend)
-    pid = rendezvous.processes[0].pid
-    assert pid is not None
-    os.kill(pid, number)
+def routed(workers: Workers, kind: str, own: Sequence[int] = (), timeout_s: float = DEADLINE_S) -> RoutedExperts:
+    shard = take_shard(experts_of(random_weights(TINY)), in_moe_layers(TINY, own))
+    return RoutedExperts(TINY, numerics(kind), timeout_s, workers.open_link, shard)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("own", [(), (0, 3, 4)], ids=["remote", "mixed"])
+def test_logits_are_those_of_one_worker_bit_for_bit(workers: Workers, own: Sequence[int], kind: str) -> None:
+    held = {"a": EVEN, "b": ODD}
+    workers.start(held, kind)
+    experts, other = routed(workers, kind, own), routed(workers, kind)  # two attention workers at once
+    assert not experts.ready
+    for backend in (experts, other):
+        backend.set_route(make_route(1, TINY, held))
+        assert backend.ready
+    found: list[torch.Tensor] = []
+    beside = threading.Thread(target=lambda: found.append(driver(other, kind).run([[(0, 30)], *[[(0, 1)]] * 10])[0]))
+    beside.start()
+    logits = driver(experts, kind).run([[(0, 30)], *[[(0, 1)]] * 10])[0]
+    beside.join(DEADLINE_S)
+    assert torch.equal(logits, local_logits(kind))
+    assert torch.equal(found[0], logits)
+    experts.close()
+    other.close()
+    assert workers.end() == [0, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_workers_change_nothing_with_a_replica_and_else_hold_the_step_up(workers: Workers, kind: str) -> None:
+    held = {"a": EVEN, "b": ODD, "c": (0, 1, 2, 4, 6)}
+    workers.start(held, kind)
+    experts = routed(workers, kind)
+    changes: list[bool] = []
+    experts.on_change = lambda: changes.append(experts.ready)
+    experts.set_route(make_route(1, TINY, held))
+    run = driver(experts, kind)
+    logits = run.step([(0, 30)])
+    workers.signal("a", signal.SIGKILL)
     started = time.monotonic()
-    with pytest.raises(PeerLostError, match="pair0"):
-        call(backend)
-    assert time.monotonic() - started < bound_s
-    with pytest.raises(PeerLostError, match="is broken"):
-        links[0].send([torch.ones(1)], 1.0)
-    whole = mixed([links[1]], [parts[1]], "blocks")  # the other pair is untouched
-    hidden, ids = torch.ones(1, TINY.hidden), torch.tensor([[5, 1]])
-    whole.finish(whole.begin(0, hidden, ids, torch.full((1, 2), 0.5)))
+    logits += run.step([(0, 1)])
+    assert time.monotonic() - started < 2.0
+    assert (experts.ready, experts.lost_peers) == (True, ("a",))
+    workers.signal("c", signal.SIGKILL)
+    for _ in range(2):
+        with pytest.raises(PeerLostError, match="holds experts"):
+            run.step([(0, 1)])
+    assert (experts.ready, experts.lost_peers) == (False, ("a", "c"))
+    workers.start({"d": EVEN}, kind)
+    experts.set_route(make_route(2, TINY, {"b": ODD, "d": EVEN}))
+    assert (experts.ready, experts.route_version, experts.lost_peers) == (True, 2, ())
+    assert changes == [True, True, False, True]
+    for _ in range(9):
+        logits += run.step([(0, 1)])
+    assert torch.equal(torch.cat(logits), local_logits(kind))
 
 
-def test_a_peer_that_never_comes_is_an_error_in_time(rendezvous: Rendezvous) -> None:
-    with pytest.raises(PeerLostError, match="rendezvous"):
-        GlooLink(rendezvous.store, "nobody", is_first=True, open_timeout_s=0.5)
-
-
-def test_messages_arrive_whole_and_in_order(rendezvous: Rendezvous) -> None:
-    found: list[GlooLink] = []
-    other = open_store(rendezvous.store.port)
-    thread = threading.Thread(
-        target=lambda: found.append(GlooLink(other, "p", is_first=False, open_timeout_s=DEADLINE_S))
-    )
-    thread.start()
-    link = GlooLink(rendezvous.store, "p", is_first=True, open_timeout_s=DEADLINE_S)
-    thread.join(DEADLINE_S)
-    sent = [torch.arange(3), torch.empty(0, 4), torch.randn(5, 7)]
-    sender = threading.Thread(target=link.send, args=(sent, DEADLINE_S))
-    sender.start()
-    specs = [TensorSpec((3,), torch.int64), TensorSpec((0, 4)), TensorSpec((5, 7))]
-    got = found[0].recv(specs, DEADLINE_S)
-    sender.join(DEADLINE_S)
-    assert all(torch.equal(a, b) for a, b in zip(sent, got, strict=True))
+def test_a_hung_worker_is_lost_at_the_deadline_and_its_replica_takes_over(workers: Workers) -> None:
+    held = {"a": EVEN, "b": ODD, "c": EVEN}
+    workers.start(held, "blocks")
+    experts = routed(workers, "blocks", timeout_s=0.5)
+    experts.set_route(make_route(1, TINY, held))
+    run = driver(experts, "blocks")
+    logits = run.step([(0, 30)])
+    workers.signal("a", signal.SIGSTOP)
+    started = time.monotonic()
+    logits += run.step([(0, 1)])
+    assert 0.4 < time.monotonic() - started < 5.0
+    assert experts.lost_peers == ("a",)
+    for _ in range(9):
+        logits += run.step([(0, 1)])
+    assert torch.equal(torch.cat(logits), local_logits("blocks"))
+    started = time.monotonic()
+    experts.set_route(make_route(2, TINY, held))  # it is tried again, and still hangs
+    assert time.monotonic() - started < 3.0
+    assert (experts.ready, experts.lost_peers, experts.route_version) == (True, ("a",), 2)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from cluster.gateway.app import create_app
-from cluster.gateway.client import WorkerClient
 from cluster.gateway.connection import server_config
+from cluster.gateway.pool import Place, WorkerPool
 from cluster.gateway.settings import GatewaySettings
+from cluster.gateway.status import StatusSource
 from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker, byte_tokenizer
+from tests.support.worker_team import Team
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
@@ -92,7 +94,7 @@ class Served:
         return await self.http.post("/v1/chat/completions", json={"model": MODEL, "messages": messages} | body)
 
     async def ready(self) -> None:
-        await self.app.state.gateway.worker.ready(DEADLINE_S)
+        await self.app.state.gateway.pool.ready(DEADLINE_S)
 
     async def metric(self, sample: str) -> float:
         """The value of one line of /metrics; 0 where there is none."""
@@ -111,14 +113,20 @@ Serve = Callable[..., Awaitable[Served]]
 
 @pytest.fixture
 async def serve(checkpoint: Path, worker: ScriptedWorker) -> AsyncIterator[Serve]:
-    """Start a gateway on a free port; keywords change its settings, `max_buffered` and the like its client."""
+    """Start a gateway on a free port; keywords change its settings, `pool` its pool, `places` who is in it."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(
-            *, model_path: Path | None = None, client: dict[str, Any] | None = None, **changes: Any
+            *,
+            model_path: Path | None = None,
+            pool: dict[str, Any] | None = None,
+            places: Sequence[Place] | None = None,
+            status: StatusSource | None = None,
+            **changes: Any,
         ) -> Served:
             settings = GatewaySettings(served_name=MODEL, model_path=model_path or checkpoint, **changes)
-            app = create_app(settings, WorkerClient(worker.address, **({"reconnect_delay_s": 0.01} | (client or {}))))
+            workers = [Place("worker", worker.address)] if places is None else places
+            app = create_app(settings, WorkerPool(workers, **({"reconnect_delay_s": 0.01} | (pool or {}))), status)
             # with its protocol named, or asyncio leaves out TCP_NODELAY and every answer waits for a delayed ACK
             listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
             listener.bind(("127.0.0.1", 0))
@@ -148,4 +156,28 @@ async def served(serve: Serve) -> Served:
     """A gateway with its worker there."""
     served = await serve()
     await served.ready()
+    return served
+
+
+@pytest.fixture
+async def team(tmp_path: Path) -> AsyncIterator[Team]:
+    team = Team(tmp_path, 2)
+    for worker in team.workers.values():
+        await worker.start()
+    yield team
+    for worker in team.workers.values():
+        await worker.kill()
+
+
+async def all_ready(served: Served, num_workers: int = 2) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while served.app.state.gateway.pool.num_alive != num_workers:
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+async def crowd(serve: Serve, team: Team) -> Served:
+    """A gateway over the team."""
+    served = await serve(places=team.places)
+    await all_ready(served)
     return served

@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from cluster.gateway import limits
-from cluster.gateway.client import WorkerClient
 from cluster.protocol import Finish, RequestOutput, Submit
-from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker, hello
+from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker
 from tests.unit.gateway.conftest import MODEL, Serve, Served
 
 pytestmark = pytest.mark.anyio
+
+ANSWER = "Hello, wörld! 🦀"  # of the scripted worker
 
 
 def output(submit: Submit, index: int, text: str, **more: Any) -> RequestOutput:
@@ -96,7 +96,7 @@ async def test_finished_choices_are_not_aborted(served: Served, worker: Scripted
 
 
 async def test_a_reader_that_stalls_is_cut(serve: Serve, worker: ScriptedWorker) -> None:
-    served = await serve(client={"max_buffered": 8})
+    served = await serve(pool={"max_buffered": 8})
     await served.ready()
     worker.raw = lambda submit: [output(submit, i * 65536, "x" * 65536) for i in range(200)]
     reader, writer = await open_request(served.port, stream=True)
@@ -129,38 +129,62 @@ async def test_a_client_that_takes_nothing_is_cut_after_a_while(
 # ---------------------------------------------------------------------------------------------------- workers that die
 
 
-async def test_a_worker_that_dies_mid_stream(served: Served, worker: ScriptedWorker) -> None:
-    worker.raw = lambda submit: [output(submit, 0, "He")]
-    text = ""
-    request = {"model": MODEL, "prompt": "Hi", "stream": True}
-    async with served.http.stream("POST", "/v1/completions", json=request) as response:
-        async for piece in response.aiter_text():
-            if not text:
-                await worker.kill()
-            text += piece
-    first, last = events(text)
-    assert first["choices"][0]["text"] == "He"
-    assert last["error"]["code"] == "worker_lost"
-    assert "[DONE]" not in text
-
-
-async def test_a_worker_that_dies_before_the_first_token(served: Served, worker: ScriptedWorker) -> None:
-    worker.gate.clear()
+async def test_a_request_goes_on_where_its_worker_died(served: Served, worker: ScriptedWorker) -> None:
     for stream in (False, True):
+        worker.steps_left = 5
+        worker.gate.set()
         request = asyncio.create_task(served.complete(stream=stream))
-        await worker.wait_for_submits(1 + stream)
+        await worker.wait_until(lambda: not worker.gate.is_set())
         await worker.kill()
-        response = await request
-        assert (response.status_code, response.json()["error"]["code"]) == (503, "worker_lost")
+        worker.steps_left = None
+        worker.gate.set()
         await worker.restart()
-        await served.ready()
+        response = await request
+        assert response.status_code == 200
+        if stream:
+            *parts, done = events(response.text)
+            assert done == "[DONE]"
+            assert "".join(part["choices"][0]["text"] for part in parts) == ANSWER
+        else:
+            assert response.json()["choices"][0]["text"] == ANSWER
+            assert response.json()["usage"]["completion_tokens"] == len(ANSWER.encode()) + 1
+        first, second = worker.submits[-2:]
+        assert ANSWER.encode()[:5].startswith(bytes(second.output_ids))  # the last may have been lost on its way
+        assert first.request_id != second.request_id
+    assert await served.metric("foretoken:requests_resumed_total") == 2
+    assert await served.metric("foretoken:worker_lost_total") == 2
+
+
+async def test_a_request_that_kills_its_workers_ends(serve: Serve, worker: ScriptedWorker) -> None:
+    served = await serve(pool={"max_resumptions": 2})
+    for stream in (False, True):
+        num_submits = len(worker.submits)
+        worker.steps_left = 3 if stream else 0
+        worker.gate.set()
+        request = asyncio.create_task(served.complete(stream=stream))
+        for life in range(3):
+            await worker.wait_for_submits(num_submits + life + 1)
+            await worker.wait_until(lambda: not worker.gate.is_set())
+            await worker.kill()
+            worker.steps_left = 0
+            worker.gate.set()
+            await worker.restart()
+        response = await request
+        if stream:
+            *parts, last = events(response.text)
+            assert ANSWER.startswith("".join(part["choices"][0]["text"] for part in parts))
+            assert last["error"]["code"] == "worker_lost"
+            assert "[DONE]" not in response.text
+        else:
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "worker_lost")
+        assert len(worker.submits) == num_submits + 3
 
 
 async def test_new_requests_wait_for_the_next_worker(served: Served, worker: ScriptedWorker) -> None:
     await worker.kill()
     gateway = served.app.state.gateway
     async with asyncio.timeout(DEADLINE_S):
-        while gateway.worker.hello is not None:
+        while gateway.pool.hello is not None:
             await asyncio.sleep(0.001)
     assert (await served.http.get("/health/ready")).status_code == 503
     assert (await served.http.get("/health/startup")).status_code == 200
@@ -169,7 +193,7 @@ async def test_new_requests_wait_for_the_next_worker(served: Served, worker: Scr
     request = asyncio.create_task(served.complete())
     await worker.restart("worker-2")
     assert (await request).status_code == 200
-    assert gateway.worker.hello.worker_id == "worker-2"
+    assert gateway.pool.hello.worker_id == "worker-2"
     assert (await served.http.get("/health/ready")).status_code == 200
     assert await served.metric("foretoken:worker_connections") == 2
 
@@ -185,7 +209,7 @@ async def test_a_request_waits_until_its_deadline_only(serve: Serve, worker: Scr
 async def test_a_worker_that_keeps_no_deadline(
     serve: Serve, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.gateway.client.DEADLINE_GRACE_S", 0.1 - 60.0)
+    monkeypatch.setattr("cluster.gateway.pool.DEADLINE_GRACE_S", 0.1 - 60.0)
     served = await serve(request_timeout_s=60.0)
     await served.ready()
     worker.gate.clear()
@@ -194,22 +218,6 @@ async def test_a_worker_that_keeps_no_deadline(
     assert await worker.wait_for_aborts() == [worker.submits[0].request_id]
     assert worker.submits[0].deadline_s is not None
     assert 0 < worker.submits[0].deadline_s <= 60
-
-
-async def test_a_worker_of_another_version_is_refused(tmp_path: Path) -> None:
-    worker = ScriptedWorker(f"unix:{tmp_path}/worker.sock")
-    worker.hello = hello(version=99)
-    await worker.start()
-    async with WorkerClient(worker.address, reconnect_delay_s=0.01) as client:
-        async with asyncio.timeout(DEADLINE_S):
-            while "version 99" not in client.last_failure:
-                await asyncio.sleep(0.001)
-        assert client.hello is None
-        await worker.kill()
-        worker.hello = hello()
-        await worker.start()
-        assert (await client.ready(DEADLINE_S)).worker_id == "worker-1"
-    await worker.kill()
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -270,6 +278,16 @@ async def test_a_hole_is_an_error(served: Served, worker: ScriptedWorker, index:
     assert found[0]["choices"][0]["text"] == "ab"
     assert found[-1]["error"]["code"] == "engine_error"
     assert await worker.wait_for_aborts() == [worker.submits[0].request_id]
+
+
+async def test_the_end_counts_where_its_tokens_were_there(served: Served, worker: ScriptedWorker) -> None:
+    end = Finish(reason="stop", stop_reason="b")
+    worker.raw = lambda submit: [output(submit, 0, "a"), output(submit, 1, "b"), output(submit, 1, "b", finish=end)]
+    choice = (await served.complete()).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("ab", "stop", "b")
+    worker.raw = lambda submit: [output(submit, 0, "abc"), output(submit, 0, "a", finish=end)]
+    response = await served.complete()
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_error")
 
 
 # ----------------------------------------------------------------------------------------------------- load and the end

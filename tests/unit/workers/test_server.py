@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
-import msgspec
+import grpc.aio
 import pytest
 
-from cluster.protocol import (
-    STATE_METHOD,
-    STREAM_METHOD,
-    Abort,
-    EngineState,
-    FromWorker,
-    Grammar,
-    Hello,
-    Launch,
-    RequestOutput,
-    Sampling,
-    Stopping,
-    Submit,
-)
+from cluster.protocol import STREAM_METHOD, Abort, Beat, Grammar
 from tests.support.checkpoints import Recipe, make_model, save
-from tests.support.numerics import KERNELS_DIR
 from tests.support.tokenizers_ import build
-
-ROOT = Path(__file__).resolve().parents[3]
-DEADLINE_S = 60.0
+from tests.support.worker_process import DEADLINE_S, WorkerProcess, connect, submit
 
 pytestmark = pytest.mark.needs("transformers")
 
@@ -48,101 +28,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("byte_level", folder)
 
 
-class Worker:
-    """A `python -m workers.server` and a stream to it."""
-
-    def __init__(self, checkpoint: Path, folder: Path, **options: object) -> None:
-        self.address = f"unix:{folder}/w.sock"
-        launch = Launch(
-            address=self.address,
-            model_path=str(checkpoint),
-            served_name="tiny",
-            num_threads=1,
-            kernels_dir=str(KERNELS_DIR),
-            **options,  # type: ignore[arg-type]
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "workers.server"],
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},
-        )
-        assert self.process.stdin is not None
-        self.process.stdin.write(msgspec.json.encode(launch) + b"\n")
-        self.process.stdin.flush()
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-
-
 @pytest.fixture
 def folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:  # a socket's path must be short
         yield Path(name)
 
 
+@pytest.fixture(scope="module")
+def worker(checkpoint: Path) -> Iterator[WorkerProcess]:
+    """For tests that leave it as it is."""
+    with tempfile.TemporaryDirectory() as name, WorkerProcess(checkpoint, Path(name)) as running:
+        yield running
+
+
 @pytest.fixture
-def worker(checkpoint: Path, folder: Path) -> Iterator[Worker]:
-    running = Worker(checkpoint, folder)
-    yield running
-    running.end()
+def own_worker(checkpoint: Path, folder: Path) -> Iterator[WorkerProcess]:
+    with WorkerProcess(checkpoint, folder) as running:
+        yield running
 
 
-class Stream:
-    """One gateway's stream."""
-
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._channel = channel
-        self._call = channel.stream_stream(STREAM_METHOD)(wait_for_ready=True)
-
-    async def read(self) -> FromWorker:
-        body = await asyncio.wait_for(self._call.read(), DEADLINE_S)
-        assert body is not grpc.aio.EOF
-        return msgspec.msgpack.decode(body, type=FromWorker)
-
-    async def send(self, message: object) -> None:
-        await self._call.write(msgspec.msgpack.encode(message))
-
-    async def outputs(self, name: str) -> list[RequestOutput]:
-        """Everything about one request, up to its end."""
-        found: list[RequestOutput] = []
-        while not found or found[-1].finish is None:
-            message = await self.read()
-            assert not isinstance(message, Hello)
-            found += [output for output in message.outputs if output.request_id == name]
-        return found
-
-    async def state(self) -> EngineState:
-        body = await self._channel.unary_unary(STATE_METHOD)(b"", timeout=DEADLINE_S)
-        return msgspec.msgpack.decode(body, type=EngineState)
-
-    def cancel(self) -> None:
-        self._call.cancel()
-
-
-@contextlib.asynccontextmanager
-async def connect(worker: Worker) -> AsyncIterator[Stream]:
-    async with grpc.aio.insecure_channel(worker.address) as channel:
-        stream = Stream(channel)
-        hello = await stream.read()
-        assert isinstance(hello, Hello)
-        assert (hello.served_name, hello.vocab_size, hello.num_experts) == ("tiny", 500, 8)
-        yield stream
-
-
-def submit(name: str, max_tokens: int = 6, **sampling: object) -> Submit:
-    return Submit(
-        request_id=name,
-        prompt_ids=(10, 20, 30, 40),
-        sampling=Sampling(seed=5, **sampling),  # type: ignore[arg-type]
-        stopping=Stopping(max_tokens=max_tokens, ignore_eos=True),
-    )
-
-
-def test_a_request_streams_and_others_are_refused_alone(worker: Worker) -> None:
+def test_a_request_streams_and_others_are_refused_alone(worker: WorkerProcess) -> None:
     async def run() -> None:
         async with connect(worker) as stream:
+            before = (await stream.state()).generated_tokens
             await stream.send(submit("good", 6))
             await stream.send(submit("too long", 4000))
             await stream.send(submit("not a number", temperature=float("nan")))
@@ -151,9 +59,7 @@ def test_a_request_streams_and_others_are_refused_alone(worker: Worker) -> None:
             ends: dict[str, tuple[str, str | None]] = {}
             tokens: list[int] = []
             while len(ends) < 4:
-                message = await stream.read()
-                assert not isinstance(message, Hello)
-                for output in message.outputs:
+                for output in (await stream.step()).outputs:
                     if output.request_id == "good":
                         assert output.index == len(tokens)
                         tokens += output.token_ids
@@ -166,27 +72,28 @@ def test_a_request_streams_and_others_are_refused_alone(worker: Worker) -> None:
                 "bad grammar": ("error", "invalid_grammar"),
             }
             assert len(tokens) == 6
-            assert (await stream.state()).generated_tokens == 6
+            assert (await stream.state()).generated_tokens == before + 6
 
     asyncio.run(run())
 
 
-def test_a_gateway_that_goes_away_frees_its_pages(worker: Worker) -> None:
+def test_a_gateway_that_goes_away_frees_its_pages(worker: WorkerProcess) -> None:
     async def run() -> None:
         async with connect(worker) as watcher:
             async with connect(worker) as stream:
+                before = (await stream.state()).generated_tokens
                 await stream.send(submit("x", 2000))
-                await stream.read()
+                await stream.step()
                 stream.cancel()
             async with asyncio.timeout(DEADLINE_S):
                 while (state := await watcher.state()).num_running or state.pages_free < state.pages_total:
                     await asyncio.sleep(0.01)
-            assert state.generated_tokens < 2000
+            assert state.generated_tokens < before + 2000
 
     asyncio.run(run())
 
 
-def test_abort_ends_one_of_two(worker: Worker) -> None:
+def test_abort_ends_one_of_two(worker: WorkerProcess) -> None:
     async def run() -> None:
         async with connect(worker) as stream:
             await stream.send(submit("x", 1900))
@@ -198,7 +105,7 @@ def test_abort_ends_one_of_two(worker: Worker) -> None:
     asyncio.run(run())
 
 
-def test_a_message_of_another_protocol_closes_its_stream_alone(worker: Worker) -> None:
+def test_a_message_of_another_protocol_closes_its_stream_alone(worker: WorkerProcess) -> None:
     async def run() -> None:
         async with connect(worker) as good:
             async with grpc.aio.insecure_channel(worker.address) as channel:
@@ -212,30 +119,28 @@ def test_a_message_of_another_protocol_closes_its_stream_alone(worker: Worker) -
     asyncio.run(run())
 
 
-def test_sigterm_lets_what_runs_finish_and_exits_with_zero(worker: Worker) -> None:
+def test_sigterm_lets_what_runs_finish_and_exits_with_zero(own_worker: WorkerProcess) -> None:
     async def run() -> None:
-        async with connect(worker) as stream:
+        async with connect(own_worker) as stream:
             await stream.send(submit("x", 300))
-            await stream.read()
-            worker.process.send_signal(signal.SIGTERM)
+            await stream.step()
+            own_worker.process.send_signal(signal.SIGTERM)
             await stream.send(submit("late"))
             outputs = await stream.outputs("late")
             assert outputs[-1].finish.error_code == "draining"  # type: ignore[union-attr]
             assert (await stream.outputs("x"))[-1].finish.reason == "length"  # type: ignore[union-attr]
 
     asyncio.run(run())
-    assert worker.process.wait(DEADLINE_S) == 0
+    assert own_worker.process.wait(DEADLINE_S) == 0
 
 
-def test_the_end_of_standard_input_ends_the_worker(worker: Worker) -> None:
+def test_the_end_of_standard_input_ends_the_worker(own_worker: WorkerProcess) -> None:
     async def run() -> None:
-        async with connect(worker):
-            assert worker.process.stdin is not None
-            worker.process.stdin.close()
-            await asyncio.to_thread(worker.process.wait, DEADLINE_S)
+        async with connect(own_worker):
+            own_worker.close_stdin()
+            assert await asyncio.to_thread(own_worker.process.wait, DEADLINE_S) == 0
 
     asyncio.run(run())
-    worker.process.stdin = None  # closed: `communicate` must not flush it
 
 
 @pytest.mark.parametrize(
@@ -251,7 +156,7 @@ def test_what_cannot_be_is_one_clear_line(
     checkpoint: Path, folder: Path, options: dict[str, object], message: str
 ) -> None:
     path = Path(str(options.pop("model_path", checkpoint)))
-    worker = Worker(path, folder, **options)
+    worker = WorkerProcess(path, folder, **options)
     assert worker.process.stderr is not None
     errors = worker.process.stderr.read()
     lines = [line for line in errors.decode().splitlines() if line.startswith("error: ")]
@@ -263,7 +168,30 @@ def test_what_cannot_be_is_one_clear_line(
     assert "Traceback" not in errors.decode()
 
 
-def test_an_abort_while_the_grammar_compiles_is_the_requests_end(worker: Worker) -> None:
+def test_a_silent_stream_says_that_its_worker_lives(checkpoint: Path, folder: Path) -> None:
+    async def run() -> None:
+        with WorkerProcess(checkpoint, folder, heartbeat_s=0.05) as worker:
+            async with connect(worker) as idle, connect(worker) as busy:
+                began = asyncio.get_running_loop().time()
+                await busy.send(submit("x", 400))
+                ended, num_steps, num_beats = False, 0, 0
+                while not ended:
+                    message = await busy.read()
+                    if isinstance(message, Beat):
+                        num_beats += 1
+                    else:
+                        num_steps += 1
+                        ended = message.outputs[-1].finish is not None  # type: ignore[union-attr]
+                for _ in range(5):
+                    assert await idle.read() == Beat()
+                passed_s = asyncio.get_running_loop().time() - began
+                assert num_steps == 400
+                assert num_beats <= passed_s / 0.05  # never more often than said
+
+    asyncio.run(run())
+
+
+def test_an_abort_while_the_grammar_compiles_is_the_requests_end(worker: WorkerProcess) -> None:
     async def run() -> None:
         async with connect(worker) as stream:
             slow = Grammar(kind="json_schema", source='{"type": "integer", "multipleOf": 99999989}')
@@ -276,11 +204,11 @@ def test_an_abort_while_the_grammar_compiles_is_the_requests_end(worker: Worker)
     asyncio.run(run())
 
 
-def test_nobody_aborts_anothers_request(worker: Worker) -> None:
+def test_nobody_aborts_anothers_request(worker: WorkerProcess) -> None:
     async def run() -> None:
         async with connect(worker) as mine, connect(worker) as other:
             await mine.send(submit("x", 200))
-            await mine.read()
+            await mine.step()
             await other.send(Abort(request_id="x"))
             await other.send(submit("y", 2))
             await other.outputs("y")

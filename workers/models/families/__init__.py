@@ -8,10 +8,19 @@ from cluster.errors import UnsupportedModelError
 from workers.models.families import llama, mixtral, olmoe, qwen2, qwen2_moe, qwen3, qwen3_moe
 from workers.models.families.common import Family
 from workers.models.families.fields import ConfigReader
-from workers.models.families.names import DERIVED_SUFFIX, MoENames, weight_parts
+from workers.models.families.names import DERIVED_SUFFIX, MoENames, expert_parts, weight_parts
 from workers.models.spec import ModelSpec
 
-__all__ = ["DERIVED_SUFFIX", "FAMILIES", "Family", "MoENames", "family_of", "spec_from_config", "weight_parts"]
+__all__ = [
+    "DERIVED_SUFFIX",
+    "FAMILIES",
+    "Family",
+    "MoENames",
+    "expert_parts",
+    "family_of",
+    "spec_from_config",
+    "weight_parts",
+]
 
 FAMILIES: Mapping[str, Family] = {
     module.FAMILY.model_type: module.FAMILY for module in (qwen3_moe, qwen2_moe, mixtral, olmoe, llama, qwen2, qwen3)

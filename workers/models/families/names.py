@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from workers.models.spec import ModelSpec
-from workers.models.weights import AttentionWeights, DenseWeights, ModelWeights, MoEWeights
+from workers.models.weights import AttentionWeights, DenseWeights, ExpertWeights, ModelWeights, MoEWeights
 
 # Old checkpoints carry this buffer; it follows from config.json.
 DERIVED_SUFFIX = ".rotary_emb.inv_freq"
@@ -37,7 +37,7 @@ class MoENames:
 def weight_parts(
     spec: ModelSpec, weights: ModelWeights, layouts: Sequence[MoENames], available: Collection[str]
 ) -> Iterator[Part]:
-    """Each tensor that a checkpoint must have, and where it goes.
+    """Each tensor that a checkpoint must have for these weights, and where it goes.
 
     `layouts` are the families' namings of a routed block; the one whose names are `available` is taken.
     """
@@ -46,7 +46,7 @@ def weight_parts(
         embedding = "lm_head.weight"
     yield embedding, weights.embedding
     for index, layer in enumerate(weights.layers):
-        prefix = f"model.layers.{index}."
+        prefix = _prefix(index)
         yield f"{prefix}input_layernorm.weight", layer.attention.norm
         yield from _attention(f"{prefix}self_attn.", layer.attention, spec)
         yield f"{prefix}post_attention_layernorm.weight", layer.mlp_norm
@@ -87,18 +87,49 @@ def _dense(prefix: str, weights: DenseWeights) -> Iterator[Part]:
 
 
 def _moe(prefix: str, weights: MoEWeights, layouts: Sequence[MoENames], available: Collection[str]) -> Iterator[Part]:
-    names = next((layout for layout in layouts if prefix + layout.router in available), layouts[0])
+    names = _layout(prefix, layouts, available)
     yield prefix + names.router, weights.router
-    gate_up, down = weights.experts.gate_up, weights.experts.down
-    if prefix + names.fused_gate_up in available:
-        yield prefix + names.fused_gate_up, gate_up
-        yield prefix + names.fused_down, down
-    else:
-        for expert in range(gate_up.shape[0]):
-            gate, up = gate_up[expert].chunk(2)
-            yield prefix + names.gate.format(expert=expert), gate
-            yield prefix + names.up.format(expert=expert), up
-            yield prefix + names.down.format(expert=expert), down[expert]
+    if (experts := weights.experts) is not None:
+        if prefix + names.fused_gate_up in available:
+            yield prefix + names.fused_gate_up, experts.gate_up
+            yield prefix + names.fused_down, experts.down
+        else:
+            for expert in range(experts.gate_up.shape[0]):
+                yield from _expert(prefix, names, expert, experts, expert)
     if weights.shared is not None and weights.shared_gate is not None:
         yield from _dense(prefix + names.shared, weights.shared)
         yield prefix + names.shared_gate, weights.shared_gate
+
+
+def expert_parts(
+    layer: int, expert_ids: Sequence[int], weights: ExpertWeights, layouts: Sequence[MoENames],
+    available: Collection[str],
+) -> Iterator[tuple[str, int | None, torch.Tensor]]:  # fmt: skip
+    """The tensors of some experts of a layer, `weights` being theirs in this order: the name, the row of its first
+    dimension that is meant (None: all of it), and where it goes.
+    """
+    prefix = _prefix(layer)
+    names = _layout(prefix, layouts, available)
+    is_fused = prefix + names.fused_gate_up in available
+    for place, expert in enumerate(expert_ids):
+        if is_fused:
+            yield prefix + names.fused_gate_up, expert, weights.gate_up[place]
+            yield prefix + names.fused_down, expert, weights.down[place]
+        else:
+            for name, part in _expert(prefix, names, expert, weights, place):
+                yield name, None, part
+
+
+def _prefix(layer: int) -> str:
+    return f"model.layers.{layer}."
+
+
+def _layout(prefix: str, layouts: Sequence[MoENames], available: Collection[str]) -> MoENames:
+    return next((layout for layout in layouts if prefix + layout.router in available), layouts[0])
+
+
+def _expert(prefix: str, names: MoENames, expert: int, weights: ExpertWeights, place: int) -> Iterator[Part]:
+    gate, up = weights.gate_up[place].chunk(2)
+    yield prefix + names.gate.format(expert=expert), gate
+    yield prefix + names.up.format(expert=expert), up
+    yield prefix + names.down.format(expert=expert), weights.down[place]

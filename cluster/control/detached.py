@@ -1,0 +1,169 @@
+"""Workers that are nobody's children: they outlive who started them, and are known by process id and name.
+
+A shell in a session of its own starts the worker and ends, so that the worker belongs to init: it gets no signal that
+is meant for us, and leaves no zombie with us. Its `Launch` goes through its standard input; on its command line there
+is nothing but its name. What it prints goes to a log file. It says that it serves, and where, in a file beside that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from cluster.control.launch import COMMAND, LAST_WORD, POLL_S, TAIL_BYTES, TAIL_LINES
+from cluster.errors import DeadlineError, WorkerLostError
+from cluster.protocol import Announcement, Launch
+
+MODULE = "workers.server"
+NUM_OLD_LOGS = 3
+PS_TIMEOUT_S = 5.0
+END_TIMEOUT_S = 5.0  # from SIGKILL until a process is gone
+# A command in the background reads /dev/null unless its input is another descriptor's.
+START = 'exec 3<&0; "$@" <&3 3<&- >&2 & echo $!'
+
+
+def start_detached(
+    launch: Launch,
+    environment: Mapping[str, str],
+    log_path: Path,
+    timeout_s: float,
+    *,
+    command: Sequence[str] = COMMAND,
+    give_up: threading.Event | None = None,
+) -> Announcement:
+    """Start a worker and wait until it serves; blocks. Its announcement and process id are kept beside `log_path`.
+
+    A worker of this name that an earlier call left behind is killed first. Raises `WorkerLostError` with its own
+    `error:` line, or its last lines, where it ends before it serves or `give_up` is set, and `DeadlineError` after
+    `timeout_s`; no process is left behind.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    announce_path, pid_path = log_path.with_suffix(".json"), log_path.with_suffix(".pid")
+    _end_predecessor(pid_path, launch.name)
+    _rotate(log_path)
+    announce_path.unlink(missing_ok=True)
+    launch = msgspec.structs.replace(launch, announce_path=str(announce_path), exit_with_parent=False)
+    pid = _start(launch, environment, log_path, command)
+    try:
+        pid_path.write_text(str(pid), encoding="ascii")
+        deadline = time.monotonic() + timeout_s
+        while (announcement := _announced(announce_path, pid)) is None:
+            if not is_running(pid, launch.name):
+                raise WorkerLostError(_last_word(log_path) or _died(log_path))
+            if give_up is not None and give_up.is_set():
+                raise WorkerLostError("the worker was stopped while it started")
+            if time.monotonic() > deadline:
+                raise DeadlineError(
+                    f"the worker was not ready after {timeout_s:g} s (start_timeout_s). Its last lines:\n"
+                    f"{_last_lines(log_path)}"
+                )
+            time.sleep(POLL_S)
+        return announcement
+    except BaseException:
+        end(pid, launch.name, kill=True)
+        raise
+
+
+def is_running(pid: int, name: str = "") -> bool:
+    """Whether `pid` is a worker called `name` ("": any), alive or hung; not another program that got the id later."""
+    arguments = _arguments(pid)
+    return MODULE in arguments and (not name or name in arguments)
+
+
+def end(pid: int, name: str = "", *, kill: bool) -> None:
+    """SIGTERM, or with `kill` SIGKILL, to the worker `name` with that id; nothing where it is gone."""
+    if is_running(pid, name):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL if kill else signal.SIGTERM)
+
+
+def _arguments(pid: int) -> list[str]:
+    """The command line of a process; empty where there is none, a zombie included."""
+    if pid <= 0:
+        return []
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        if Path("/proc/self").exists():
+            return []
+    ps = ("ps", "-p", str(pid), "-o", "command=")  # a system without /proc
+    return subprocess.run(ps, capture_output=True, text=True, timeout=PS_TIMEOUT_S, check=False).stdout.split()
+
+
+def _start(launch: Launch, environment: Mapping[str, str], log_path: Path, command: Sequence[str]) -> int:
+    """The process id of a worker that has its launch message."""
+    with (
+        log_path.open("wb") as log,
+        subprocess.Popen(
+            ("/bin/sh", "-c", START, "sh", *command, launch.name),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=dict(environment),
+            start_new_session=True,
+        ) as shell,
+    ):
+        assert shell.stdin is not None
+        assert shell.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended at once; its log tells why
+            shell.stdin.write(msgspec.json.encode(launch) + b"\n")
+            shell.stdin.close()
+        return int(shell.stdout.readline())
+
+
+def _announced(path: Path, pid: int) -> Announcement | None:
+    try:
+        announcement = msgspec.json.decode(path.read_bytes(), type=Announcement)
+    except FileNotFoundError:
+        return None
+    return announcement if announcement.pid == pid else None
+
+
+def _end_predecessor(pid_path: Path, name: str) -> None:
+    try:
+        pid = int(pid_path.read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return
+    end(pid, name, kill=True)
+    deadline = time.monotonic() + END_TIMEOUT_S
+    while is_running(pid, name):
+        if time.monotonic() > deadline:
+            raise WorkerLostError(f"the process {pid} of {name} does not end, so that no other can take its place")
+        time.sleep(POLL_S)
+    pid_path.unlink(missing_ok=True)
+
+
+def _rotate(log_path: Path) -> None:
+    """Keep the logs of the last starts: ``expert-0.log.1`` is the one before."""
+    names = [log_path, *(log_path.with_name(f"{log_path.name}.{n}") for n in range(1, NUM_OLD_LOGS + 1))]
+    for older, newer in zip(names[:0:-1], names[-2::-1], strict=True):
+        with contextlib.suppress(FileNotFoundError):
+            newer.replace(older)
+
+
+def _tail(log_path: Path) -> bytes:
+    with log_path.open("rb") as log:
+        log.seek(max(0, os.fstat(log.fileno()).st_size - TAIL_BYTES))
+        return log.read()
+
+
+def _last_word(log_path: Path) -> str:
+    found = LAST_WORD.search(_tail(log_path))
+    return found[1].decode("utf-8", errors="replace").strip() if found else ""
+
+
+def _last_lines(log_path: Path) -> str:
+    lines = _tail(log_path).decode("utf-8", errors="replace").replace("\r", "\n").splitlines()
+    return "\n".join([line for line in lines if line.strip()][-TAIL_LINES:])
+
+
+def _died(log_path: Path) -> str:
+    return f"the worker ended while it started. Its last lines ({log_path}):\n{_last_lines(log_path)}"

@@ -1,0 +1,62 @@
+"""Workers that Kubernetes starts, as pods: they register themselves in the store (`cluster worker`), under a lease."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import msgspec
+
+from cluster.control.placement import PlacedWorker
+from cluster.control.registry import WORKERS
+from cluster.control.topology import Device, Node, Topology
+from cluster.errors import UnavailableError
+from cluster.protocol import Launch, WorkerRecord
+from cluster.store.base import Store
+
+_decode = msgspec.json.Decoder(WorkerRecord).decode
+
+
+class PodLauncher:
+    """A `Launcher` that starts and ends nothing."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    @property
+    def starts_workers(self) -> bool:
+        return False
+
+    async def topology(self) -> Topology:
+        """The nodes that have workers; a node's memory is what its workers have."""
+        devices: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        for entry in (await self._store.entries(WORKERS)).values():
+            record = _decode(entry.value)
+            devices[record.node_id][record.device_id] += record.memory_bytes
+        return Topology(
+            tuple(
+                Node(
+                    node_id,
+                    node_id,
+                    sum(found.values()),
+                    tuple(Device(name, "cuda" if name.startswith("cuda") else "cpu", found[name]) for name in found),
+                )
+                for node_id, found in sorted(devices.items())
+            )
+        )
+
+    async def start(self, worker: PlacedWorker, launch: Launch) -> WorkerRecord:
+        raise UnavailableError(f"{worker.id} is for Kubernetes to start")
+
+    async def adopt(self, record: WorkerRecord) -> bool:
+        return await self.is_running(record)
+
+    async def is_running(self, record: WorkerRecord) -> bool:
+        """Whether it is still registered; its lease ends soon after its pod."""
+        entry = await self._store.get(WORKERS + record.name)
+        return entry is not None and _decode(entry.value).worker_id == record.worker_id
+
+    async def stop(self, record: WorkerRecord, *, kill: bool) -> None:
+        """A hung pod is ended by its probes."""
+
+    async def close(self) -> None:
+        """Nothing is held."""

@@ -1,0 +1,302 @@
+"""Workers started through Ray. The Ray driver is a child process, `cluster.control.ray_bridge`.
+
+A driver ends its own process when Ray's head stays away. So it lives in a child that this one asks by JSON lines over
+its standard input and output: without Ray every call raises `UnavailableError`, and the child is started again until
+Ray is back. No tensor and no token ever goes through Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from cluster.config import Settings
+from cluster.control.launch import COMMAND, PACKAGES
+from cluster.control.placement import PlacedWorker
+from cluster.control.topology import MEMORY_SHARE, Device, Node, Topology
+from cluster.errors import ForetokenError, UnavailableError, by_code
+from cluster.protocol import Announcement, Launch, Message, WorkerRecord
+
+logger = logging.getLogger(__name__)
+
+BRIDGE = (sys.executable, "-P", "-m", "cluster.control.ray_bridge")
+CONNECT_TIMEOUT_S = 8.0  # so long after the first start calls wait for the bridge; later ones fail at once
+GIVE_UP_TIMEOUT_S = 3.0  # for a start that was cancelled
+CALL_TIMEOUT_S = 20.0  # for one answer, besides a worker's own start
+FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 5.0  # before a bridge that ended is started again
+LINE_LIMIT_BYTES = 2**22
+LOCAL_HOST = "127.0.0.1"
+
+
+class Target(Message, frozen=True):
+    """A worker's process, or the one to be."""
+
+    name: str
+    node_id: str
+    pid: int = 0
+    memory_bytes: int = 0
+    device_id: str = "cpu"
+
+
+class Connect(Message, frozen=True, tag="connect"):
+    """The bridge's first line: where Ray is, and what every worker needs."""
+
+    namespace: str
+    address: str | None  # None: as RAY_ADDRESS says, or the Ray that runs on this machine
+    host: str | None  # that workers listen on; None: their node's own address
+    logs_dir: str
+    start_timeout_s: float
+    command: tuple[str, ...]
+    packages: str = str(PACKAGES)  # our code on this machine
+
+
+class Call(Message, frozen=True):
+    """One question; several may be open."""
+
+    id: int
+    method: Literal["nodes", "start", "adopt", "is_running", "stop", "end_all"]
+    target: Target | None = None
+    launch: str | None = None  # a `Launch` as JSON
+    kill: bool = False
+    timeout_s: float = CALL_TIMEOUT_S
+
+
+class RayNode(Message, frozen=True):
+    """A node as Ray knows it."""
+
+    name: str
+    machine: str  # its address: nodes with one address share a machine
+    num_cores: int
+    memory_bytes: int
+    gpu_bytes: tuple[int, ...] = ()  # of each GPU, by index
+
+
+class Reply(Message, frozen=True):
+    """The answer to the call of that id; id 0: whether the connection stands."""
+
+    id: int
+    result: msgspec.Raw = msgspec.Raw(b"null")
+    error_code: str | None = None  # of `cluster.errors`
+    error_message: str = ""
+
+
+T = TypeVar("T")
+
+
+class RayLauncher:
+    """A `Launcher` for the nodes of a Ray cluster. Used from one event loop; `close` it, workers go on."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        command: Sequence[str] = COMMAND,
+        address: str | None = None,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
+        """`command` starts a worker; `address` is Ray's (None: RAY_ADDRESS, or the Ray that runs here)."""
+        self._settings = settings
+        self._connect = Connect(
+            namespace=f"foretoken-{settings.cluster_name}",
+            address=address or environment.get("RAY_ADDRESS"),
+            host=LOCAL_HOST if settings.local else None,
+            logs_dir=str(settings.home / "clusters" / settings.cluster_name / "logs"),
+            start_timeout_s=settings.start_timeout_s,
+            command=tuple(command),
+        )
+        self._environment = bridge_environment(environment)
+        self._process: asyncio.subprocess.Process | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._connected = asyncio.Event()
+        self._tried = asyncio.Event()  # the first bridge is connected, or could not be
+        self._first_attempt_at = 0.0
+        self._why = "the bridge to Ray has not been started"
+        self._ids = itertools.count(1)
+        self._open: dict[int, asyncio.Future[Reply]] = {}
+
+    @property
+    def bridge_pid(self) -> int | None:
+        """The Ray driver's process id; None between two."""
+        return None if self._process is None or self._process.returncode is not None else self._process.pid
+
+    @property
+    def starts_workers(self) -> bool:
+        return True
+
+    async def topology(self) -> Topology:
+        nodes = await self._call("nodes", list[RayNode])
+        return Topology(tuple(to_node(node) for node in nodes))
+
+    async def start(self, worker: PlacedWorker, launch: Launch) -> WorkerRecord:
+        target = Target(
+            name=worker.id, node_id=worker.node_id, memory_bytes=worker.memory_bytes, device_id=worker.device_id
+        )
+        timeout_s = self._settings.start_timeout_s + CALL_TIMEOUT_S
+        text = msgspec.json.encode(launch).decode()
+        try:
+            announced = await self._call("start", Announcement, target=target, launch=text, timeout_s=timeout_s)
+        except asyncio.CancelledError:
+            with contextlib.suppress(ForetokenError):  # nobody would know of it
+                await self._call("stop", type(None), target=target, kill=True, timeout_s=GIVE_UP_TIMEOUT_S)
+            raise
+        return WorkerRecord(
+            name=worker.id,
+            role=worker.role,
+            node_id=worker.node_id,
+            device_id=worker.device_id,
+            address=announced.address,
+            worker_id=announced.worker_id,
+            pid=announced.pid,
+            memory_bytes=worker.memory_bytes,
+            kv_bytes=worker.kv_bytes,
+        )
+
+    async def adopt(self, record: WorkerRecord) -> bool:
+        return await self._call("adopt", bool, target=_target(record))
+
+    async def is_running(self, record: WorkerRecord) -> bool:
+        return await self._call("is_running", bool, target=_target(record))
+
+    async def stop(self, record: WorkerRecord, *, kill: bool) -> None:
+        await self._call("stop", type(None), target=_target(record), kill=kill)
+
+    async def end_all(self, timeout_s: float) -> int:
+        """End every worker that this cluster's actors watch, one that starts just now included; how many there were.
+
+        SIGTERM first, SIGKILL to what still runs after `timeout_s`.
+        """
+        return await self._call("end_all", int, timeout_s=timeout_s + CALL_TIMEOUT_S)
+
+    async def close(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+            self._keeper = None
+
+    async def _call(self, method: Any, result: type[T], **fields: Any) -> T:
+        """Ask the bridge; raises `UnavailableError` where it is not there, or what it answered."""
+        await self._wait_connected()
+        call = Call(id=next(self._ids), method=method, **fields)
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._open[call.id] = future
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        try:
+            process.stdin.write(msgspec.json.encode(call) + b"\n")
+            reply = await asyncio.wait_for(future, call.timeout_s + 1.0)  # the bridge keeps the deadline itself
+        except TimeoutError:
+            raise UnavailableError(f"Ray did not answer within {call.timeout_s:g} s") from None
+        except OSError as error:
+            raise UnavailableError(f"the bridge to Ray is gone: {error}") from None
+        finally:
+            self._open.pop(call.id, None)
+        if reply.error_code is not None:
+            raise by_code(reply.error_code)(reply.error_message)
+        return msgspec.json.decode(reply.result, type=result)
+
+    async def _wait_connected(self) -> None:
+        if self._keeper is None:
+            self._first_attempt_at = time.monotonic()
+            self._keeper = asyncio.create_task(self._keep_bridge())
+        remaining_s = self._first_attempt_at + CONNECT_TIMEOUT_S - time.monotonic()
+        if not self._tried.is_set() and remaining_s > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._tried.wait(), remaining_s)
+        if not self._connected.is_set():
+            raise UnavailableError(f"Ray cannot be reached: {self._why}")
+
+    async def _keep_bridge(self) -> None:
+        """Run the bridge, one after the other, with growing pauses while Ray stays away."""
+        pause_s = FIRST_PAUSE_S
+        while True:
+            was_connected = False
+            try:
+                was_connected = await self._run_bridge()
+            except OSError as error:
+                self._why = f"the bridge could not be started: {error}"
+            pause_s = FIRST_PAUSE_S if was_connected else min(2 * pause_s, LAST_PAUSE_S)
+            await asyncio.sleep(pause_s)
+
+    async def _run_bridge(self) -> bool:
+        """One bridge until it ends; whether it was connected."""
+        self._process = process = await asyncio.create_subprocess_exec(
+            *BRIDGE,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=self._environment,
+            limit=LINE_LIMIT_BYTES,
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        was_connected = False
+        try:
+            process.stdin.write(msgspec.json.encode(self._connect) + b"\n")
+            while line := await process.stdout.readline():
+                reply = msgspec.json.decode(line, type=Reply)
+                if reply.id == 0 and reply.error_code is None:
+                    was_connected = True
+                    self._why = ""
+                    self._connected.set()
+                    self._tried.set()
+                elif reply.id == 0:
+                    if self._why != reply.error_message:
+                        logger.warning("Ray cannot be reached: %s", reply.error_message)
+                    self._why = reply.error_message
+                    self._tried.set()
+                elif (future := self._open.get(reply.id)) is not None and not future.done():
+                    future.set_result(reply)
+        finally:
+            self._connected.clear()
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            code = await process.wait()
+            self._lose_calls()
+        if was_connected:
+            self._why = "the bridge to Ray ended, as it does when Ray's head stays away"
+            logger.warning("%s; trying to reach Ray again", self._why)
+        elif not self._tried.is_set():  # it said nothing
+            self._why = f"the bridge to Ray ended with exit code {code}; what it printed tells why"
+            self._tried.set()
+        return was_connected
+
+    def _lose_calls(self) -> None:
+        for future in self._open.values():
+            if not future.done():
+                future.set_exception(UnavailableError("the bridge to Ray ended before it answered"))
+
+
+def bridge_environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """What the bridge runs with: our code, and none of our secrets that it does not need."""
+    environment = {name: value for name, value in inherited.items() if name != "FORETOKEN_TOKEN"}
+    paths = [str(PACKAGES), *filter(None, [inherited.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment
+
+
+def to_node(node: RayNode) -> Node:
+    """A node for the placement: its GPUs, or without any its processor. Ray's memory is what it may reserve there."""
+    memory_bytes = int(node.memory_bytes * MEMORY_SHARE)
+    devices = [Device(f"cuda:{i}", "cuda", int(size * MEMORY_SHARE)) for i, size in enumerate(node.gpu_bytes)]
+    cpu = Device("cpu", "cpu", memory_bytes)
+    return Node(node.name, node.name, memory_bytes, (cpu, *devices), node.num_cores, node.machine)
+
+
+def _target(record: WorkerRecord) -> Target:
+    return Target(
+        name=record.name,
+        node_id=record.node_id,
+        pid=record.pid,
+        memory_bytes=record.memory_bytes,
+        device_id=record.device_id,
+    )

@@ -1,0 +1,38 @@
+"""What placing a model needs to know of it, asked of a child process: cluster/ reads no checkpoints itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from cluster.control.launch import LAST_WORD, PACKAGES, TAIL_LINES
+from cluster.errors import CheckpointError
+from cluster.protocol import ModelShape
+
+COMMAND = (sys.executable, "-P", "-m", "workers.describe")
+TIMEOUT_S = 120.0  # torch may have to come from a cold disk
+
+
+def describe(model_path: Path, device: str) -> ModelShape:
+    """The shape of a model, with its sizes on that kind of device; blocks. Raises `CheckpointError`."""
+    paths = [str(PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
+    try:
+        done = subprocess.run(
+            (*COMMAND, str(model_path), "--device", device),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise CheckpointError(f"{model_path} was not read within {TIMEOUT_S:g} s") from None
+    if done.returncode != 0:
+        last_word = LAST_WORD.search(done.stderr)
+        said = last_word[1] if last_word else b"\n".join(done.stderr.splitlines()[-TAIL_LINES:])
+        raise CheckpointError(said.decode(errors="replace").strip())
+    return msgspec.json.decode(done.stdout, type=ModelShape)

@@ -1,0 +1,199 @@
+"""The processes of a cluster on this machine: started, kept up, ended, and found again by a mark.
+
+Each child runs in a session of its own, with its output in a log file. Every process that comes of one inherits the
+mark in its environment, so that what a dead supervisor left behind can be ended as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster.control.launch import STABLE_S, TAIL_LINES, backoff_s
+from cluster.errors import WorkerLostError
+
+logger = logging.getLogger(__name__)
+
+MARK = "FORETOKEN_RUN_ID"
+POLL_S = 0.05
+GRACE_S = 5.0
+OUTPUT_BYTES = 2**16
+SWEEP_TIMEOUT_S = 5.0  # from SIGKILL until processes are gone
+MAX_LOG_BYTES = 16 * 2**20  # a log that is longer when its process starts is put aside
+
+
+@dataclass
+class Child:
+    """One process, and after a death its successor."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str] = field(repr=False)
+    log_path: Path
+    stdin: bytes = field(default=b"", repr=False)  # what it reads; without it a pipe that ends when this process does
+    grace_s: float = GRACE_S  # it may take so long to end; 0: it has nothing to bring to an end
+    on_change: Callable[[], None] = lambda: None  # it has another process id now, or none
+    log_start: int = 0  # where in the log its present process began
+    _process: subprocess.Popen[bytes] | None = None
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None or self._process.poll() is not None else self._process.pid
+
+    @property
+    def output(self) -> str:
+        """What its present process printed, of that the end."""
+        with contextlib.suppress(OSError), self.log_path.open("rb") as log:
+            log.seek(max(self.log_start, os.fstat(log.fileno()).st_size - OUTPUT_BYTES))
+            return log.read().decode("utf-8", errors="replace")
+        return ""
+
+    @property
+    def last_lines(self) -> str:
+        return "\n".join([line for line in self.output.splitlines() if line.strip()][-TAIL_LINES:])
+
+    def start(self) -> None:
+        """Raises `WorkerLostError` where there is no such program."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.log_path.stat().st_size > MAX_LOG_BYTES:
+                self.log_path.replace(self.log_path.with_name(f"{self.log_path.name}.1"))
+        with self.log_path.open("ab") as log:
+            self.log_start = os.fstat(log.fileno()).st_size
+            try:
+                self._process = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=dict(self.environment),
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise WorkerLostError(f"{self.name} cannot be started: {error}") from None
+        assert self._process.stdin is not None
+        if self.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(self.stdin)
+                self._process.stdin.close()
+        self.on_change()
+
+    def check(self) -> None:
+        """Raises `WorkerLostError` with its last lines where it has ended."""
+        if self._process is not None and (code := self._process.poll()) is not None:
+            raise WorkerLostError(
+                f"{self.name} ended with exit code {code}. Its last lines ({self.log_path}):\n{self.last_lines}"
+            )
+
+    async def keep_up(self) -> None:
+        """Start it again whenever it dies, after growing pauses, until it is stopped."""
+        num_failures = 0
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            while self.pid is not None:
+                if await self._stopped_within(POLL_S):
+                    return
+            self.on_change()
+            num_failures = 1 if time.monotonic() - started > STABLE_S else num_failures + 1
+            code = None if self._process is None else self._process.returncode
+            self.end_session()
+            logger.error("%s ended (exit code %s, see %s); starting it again", self.name, code, self.log_path)
+            if await self._stopped_within(backoff_s(num_failures)):
+                return
+            try:
+                self.start()
+            except WorkerLostError as error:
+                logger.error("%s", error.message)
+
+    def give_up(self) -> None:
+        """From now on it is not started again."""
+        self._stopping.set()
+
+    async def stop(self) -> None:
+        """SIGTERM, then SIGKILL after its grace; whatever is left of its session is ended as well."""
+        self.give_up()
+        if self.grace_s > 0 and self.pid is not None:
+            assert self._process is not None
+            self._process.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + self.grace_s
+            while self.pid is not None and time.monotonic() < deadline:
+                await asyncio.sleep(POLL_S)
+            if self.pid is not None:
+                logger.warning("%s did not end within %g s and was killed", self.name, self.grace_s)
+        self.end_session()
+
+    def end_session(self) -> None:
+        """SIGKILL to the child and to all that it started in its session."""
+        if self._process is None:
+            return
+        for pid in _in_session(self._process.pid):
+            if self.environment.get(MARK) == _mark_of(pid):  # its id may be another program's by now
+                _kill(pid)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(SWEEP_TIMEOUT_S)
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    async def _stopped_within(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+        return self._stopping.is_set()
+
+
+def marked(run_id: str) -> list[int]:
+    """The processes with this mark, but not the one that asks."""
+    return [pid for pid in _processes() if pid != os.getpid() and run_id == _mark_of(pid)]
+
+
+def sweep(run_id: str) -> int:
+    """End every process with this mark (SIGKILL) and wait until they are gone; how many there were."""
+    seen: set[int] = set()
+    deadline = time.monotonic() + SWEEP_TIMEOUT_S
+    while (found := marked(run_id)) and time.monotonic() < deadline:
+        for pid in found:
+            _kill(pid)
+        seen.update(found)
+        time.sleep(POLL_S)
+    return len(seen)
+
+
+def _mark_of(pid: int) -> str | None:
+    start = f"{MARK}=".encode()
+    for variable in _read(pid, "environ").split(b"\0"):
+        if variable.startswith(start):
+            return variable.removeprefix(start).decode(errors="replace")
+    return None
+
+
+def _processes() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _read(pid: int, name: str) -> bytes:
+    """A zombie's environment is empty."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:  # it ended, or is another user's
+        return b""
+
+
+def _in_session(session: int) -> list[int]:
+    found = []
+    for pid in _processes():
+        fields = _read(pid, "stat").rpartition(b")")[2].split()
+        if len(fields) > 3 and int(fields[3]) == session:
+            found.append(pid)
+    return found
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,50 @@
+"""`foretoken cluster down`: stops what `cluster up` keeps up on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from rich.console import Console
+
+from cluster.config import Settings
+from cluster.operate.leftovers import clean_up
+from cluster.operate.state_file import Places
+
+NOTHING = 1  # exit code: there is no such cluster
+MARGIN_S = 60.0  # beside the drain, until a supervisor must have ended
+POLL_S = 0.1
+
+
+def run(settings: Settings) -> int:
+    """Stop the cluster and wait until it has ended; returns the exit code."""
+    places = Places(settings)
+    state = places.read()
+    if not places.is_held():
+        if state is None:
+            print(f"no cluster called {settings.cluster_name} runs here")
+            return NOTHING
+        with places.held():
+            num_ended = clean_up(places)
+        print(f"{settings.cluster_name} had no supervisor any more; ended {num_ended} processes that it had left")
+        return 0
+    if state is None:
+        print(f"{settings.cluster_name} is just starting or ending; try again")
+        return NOTHING
+    try:
+        os.kill(state.pid, signal.SIGTERM)
+    except PermissionError:
+        print(f"{settings.cluster_name} (process {state.pid}) is another user's")
+        return NOTHING
+    except ProcessLookupError:  # it has just ended by itself
+        pass
+    deadline = time.monotonic() + settings.drain_timeout_s + MARGIN_S
+    with Console(stderr=True).status(f"stopping {settings.cluster_name}; running requests may finish"):
+        while places.is_held():
+            if time.monotonic() > deadline:
+                print(f"{settings.cluster_name} has not ended yet; end it at once with: kill {state.pid}")
+                return NOTHING
+            time.sleep(POLL_S)
+    print(f"{settings.cluster_name} has ended")
+    return 0

@@ -1,0 +1,101 @@
+"""`foretoken cluster gateway`: the front door of a cluster, one process of it.
+
+It knows the workers from the store. It ends, after what runs, on SIGTERM or SIGINT, and where its standard input is a
+pipe also with that: whoever held the other end is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import stat
+import threading
+import time
+
+from cluster import logs
+from cluster.config import Settings
+from cluster.control.model import Model, find_model
+from cluster.errors import ConfigError, DeadlineError
+from cluster.event_loop import loop_factory
+from cluster.gateway.pool import WorkerPool
+from cluster.gateway.registry import WorkerRegistry
+from cluster.gateway.status import StoreStatus
+from cluster.serve import EXIT_AT_ONCE, announce, base_url, listen, on_signals, serve_http
+from cluster.store import open_store
+from cluster.store.base import Store
+
+logger = logging.getLogger(__name__)
+
+STDIN = 0
+
+
+def run(settings: Settings) -> int:
+    """Serve until a signal; returns the exit code. Raises `ForetokenError` for what stands in the way."""
+    logs.configure(settings.log_level, settings.log_format)
+    started = time.monotonic()
+    if settings.store is None:
+        raise ConfigError(
+            "a cluster's gateway finds its workers in the store: set FORETOKEN_STORE, or `store` in the config file, "
+            "to its url (redis://…)",
+            param="store",
+        )
+    with listen(settings.host, settings.port) as listener:
+        store = open_store(settings.store, namespace=settings.cluster_name)
+        model = find_model(settings)
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            runner.run(serve(settings, model, store, listener, started))
+    return 0
+
+
+async def serve(settings: Settings, model: Model, store: Store, listener: socket.socket, started: float) -> None:
+    """Run the gateway until the first signal, then let what runs finish."""
+    stop = asyncio.Event()
+    on_signals(stop, lambda: os._exit(EXIT_AT_ONCE))
+    _stop_with_stdin(stop)
+    token = None if settings.token is None else settings.token.get_secret_value()
+    pool = WorkerPool(token=token, lease_s=settings.lease_s)
+    url = base_url(listener)
+    logger.info("listening on %s for the cluster %s", url, settings.cluster_name)
+    registry = asyncio.create_task(WorkerRegistry(store, pool).run())
+    greeting = asyncio.create_task(_announce(settings, pool, url, started))
+    try:
+        await serve_http(settings, model, pool, StoreStatus(store), listener, stop, registry)
+    finally:
+        for task in (registry, greeting):
+            task.cancel()
+        await asyncio.gather(registry, greeting, return_exceptions=True)
+        await store.close()
+
+
+async def _announce(settings: Settings, pool: WorkerPool, url: str, started: float) -> None:
+    """Say that requests can come, once a worker is there."""
+    while True:
+        try:
+            hello = await pool.ready(settings.start_timeout_s)
+        except DeadlineError as error:
+            logger.warning("%s", error.message)
+        else:
+            announce(hello, url, settings, time.monotonic() - started)
+            return
+
+
+def _stop_with_stdin(stop: asyncio.Event) -> None:
+    """Set `stop` when standard input ends, if it is a pipe; a pod's, or a terminal's, says nothing about a parent."""
+    try:
+        mode = os.fstat(STDIN).st_mode
+    except OSError:
+        return
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):  # asyncio's pipes are sockets on some systems
+        return
+    loop = asyncio.get_running_loop()
+
+    def watch() -> None:
+        while os.read(STDIN, 4096):
+            pass
+        with contextlib.suppress(RuntimeError):  # the loop may have ended before
+            loop.call_soon_threadsafe(stop.set)
+
+    threading.Thread(target=watch, name="stdin", daemon=True).start()

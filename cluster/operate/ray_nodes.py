@@ -1,0 +1,98 @@
+"""Ray nodes on this machine for `cluster up --local`: a head and others, each a child that stays in the foreground.
+
+They share the machine's free memory evenly and show each other a token. The head keeps its tables on disk (RocksDB), so
+that one that is started again is the same cluster: nodes join it, and named actors are found.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from cluster.control.launch import PACKAGES
+from cluster.machine import Machine
+from cluster.operate.children import Child
+
+RAY = (sys.executable, "-m", "ray.scripts.scripts", "start")
+STARTED = "Ray runtime started"  # `ray start` prints it once the node runs
+OBJECT_STORE_BYTES = 80_000_000  # about the least that Ray takes: no tensor goes through it
+PRIVATE_PREFIXES = ("FORETOKEN_", "RAY_")  # none of ours in an actor's environment, none of another Ray's
+
+
+def node_environment(
+    inherited: Mapping[str, str], *, token: str, folder: Path, mark: Mapping[str, str]
+) -> dict[str, str]:
+    """What a node, its actors and a driver on it run with."""
+    kept = {name: value for name, value in inherited.items() if not name.startswith(PRIVATE_PREFIXES)}
+    tuned = {  # Ray's own variables, such as the time until a node gives up its head
+        name: value for name, value in inherited.items() if name.startswith("RAY_") and name[4:5].islower()
+    }
+    paths = [str(PACKAGES), *filter(None, [inherited.get("PYTHONPATH")])]
+    return {
+        **kept,
+        **tuned,
+        **mark,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_gcs_storage": "rocksdb",
+        "RAY_gcs_storage_path": str(folder / "gcs"),
+    }
+
+
+def node_names(num_nodes: int) -> list[str]:
+    """As `local_topology` names them; they stay the same when a node is started again."""
+    host = platform.node() or "localhost"
+    return [host] if num_nodes == 1 else [f"{host}-{i}" for i in range(num_nodes)]
+
+
+def node_children(
+    num_nodes: int, *, port: int, folder: Path, logs: Path, environment: Mapping[str, str], machine: Machine
+) -> list[Child]:
+    """The head, which listens on `port`, then the others; none is started yet. `folder` must have a short path."""
+    client_port, dashboard_port = free_port(), free_port()
+    children = []
+    for i, name in enumerate(node_names(num_nodes)):
+        options = [
+            "--block",
+            f"--node-name={name}",
+            f"--num-cpus={machine.num_usable_cores}",
+            f"--memory={machine.available_bytes // num_nodes}",
+            f"--object-store-memory={OBJECT_STORE_BYTES}",
+            f"--temp-dir={folder / f'r{i}'}",
+            "--dashboard-agent-listen-port=0",
+            "--include-log-monitor=false",
+            "--disable-usage-stats",
+            "--log-style=record",
+            "--log-color=false",
+        ]
+        if i == 0:
+            options += [
+                "--head",
+                f"--port={port}",
+                f"--ray-client-server-port={client_port}",
+                f"--dashboard-port={dashboard_port}",
+                "--include-dashboard=false",
+            ]
+        else:
+            options.append(f"--address=127.0.0.1:{port}")
+        children.append(Child(f"ray-{i}", (*RAY, *options), environment, logs / f"ray-{i}.log", grace_s=0.0))
+    return children
+
+
+def free_port() -> int:
+    """A TCP port that nothing uses now."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def is_started(node: Child) -> bool:
+    """Whether the node runs."""
+    return STARTED in node.output

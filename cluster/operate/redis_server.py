@@ -1,0 +1,61 @@
+"""The Redis that `cluster up` starts where no store is given: on a Unix socket in the cluster's own folder, no port."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import quote
+
+from cluster.control.launch import MAX_SOCKET_PARENT
+from cluster.errors import ConfigError
+from cluster.operate.children import Child
+
+PROGRAM = "redis-server"
+SOCKET = "redis.sock"
+PROBE_TIMEOUT_S = 1.0
+OPTIONS = """
+port 0
+unixsocket {socket}
+unixsocketperm 600
+requirepass {password}
+dir {folder}
+save ""
+appendonly yes
+appendfsync everysec
+daemonize no
+maxmemory-policy noeviction
+"""
+
+
+def redis_child(folder: Path, password: str, log_path: Path, environment: Mapping[str, str]) -> tuple[Child, str]:
+    """The server, not started yet, and the url of the store in it. It gets its password through its input.
+
+    What was written outlives the server's process, and not `folder`. Raises `ConfigError` where there is none here.
+    """
+    program = shutil.which(PROGRAM)
+    if program is None:
+        raise ConfigError(
+            f"{PROGRAM} is not installed: install it (Debian, Ubuntu: sudo apt-get install redis-server; Fedora: sudo "
+            "dnf install redis), or name a Redis that runs with --store redis://[user:password@]host:port/database",
+            param="store",
+        )
+    assert len(str(folder)) <= MAX_SOCKET_PARENT
+    path = folder / SOCKET
+    data = folder / "redis"
+    data.mkdir(exist_ok=True)
+    config = OPTIONS.format(socket=path, password=password, folder=data)
+    child = Child("redis", (program, "-"), environment, log_path, stdin=config.encode())
+    return child, f"unix://:{quote(password, safe='')}@{path}?db=0"
+
+
+def is_answering(folder: Path) -> bool:
+    """Whether the server takes commands: it refuses ours, which has no password."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(PROBE_TIMEOUT_S)
+        connection.connect(str(folder / SOCKET))
+        connection.sendall(b"PING\r\n")
+        return connection.recv(16).startswith(b"-NOAUTH")
+    return False

@@ -1,0 +1,100 @@
+"""What a running `cluster up` leaves for `status` and `down` on the same machine: one file, and a lock on another.
+
+The lock is held as long as the supervisor lives, however it ends; the file holds secrets and is its user's alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+
+import msgspec
+
+from cluster.config import Settings
+from cluster.errors import ConfigError
+from cluster.protocol import Message
+
+POLL_S = 0.1
+SECRET_FILE, SECRET_FOLDER = 0o600, 0o700
+
+
+class SupervisorState(Message, frozen=True):
+    """`state.json`."""
+
+    pid: int  # of the supervisor
+    run_id: str  # in the environment of every process that it started
+    folder: str  # sockets and what else lasts as long as the cluster
+    url: str  # of the gateway
+    store: str
+    token: str
+    children: dict[str, int] = msgspec.field(default_factory=dict)  # name -> process id, those that run now
+
+
+class Places:
+    """Where a cluster's files are on this machine."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.name = settings.cluster_name
+        self.folder = settings.home / "clusters" / settings.cluster_name
+        self.logs = self.folder / "logs"
+        self.state = self.folder / "state.json"
+        self.lock = self.folder / "lock"
+
+    def read(self) -> SupervisorState | None:
+        """The state that the last supervisor wrote, alive or not; None where it took it away at its end."""
+        try:
+            return msgspec.json.decode(self.state.read_bytes(), type=SupervisorState)
+        except (OSError, msgspec.DecodeError):
+            return None
+
+    def write(self, state: SupervisorState) -> None:
+        draft = self.state.with_suffix(".draft")
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, SECRET_FILE), "wb") as file:
+            file.write(msgspec.json.encode(state))
+        draft.replace(self.state)
+
+    def remove(self) -> None:
+        self.state.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def held(self, timeout_s: float = 0.0) -> Iterator[None]:
+        """Be the one who runs, or cleans up after, the cluster of this name.
+
+        Raises `ConfigError` where another still is after `timeout_s`.
+        """
+        self.logs.mkdir(mode=SECRET_FOLDER, parents=True, exist_ok=True)
+        with os.fdopen(os.open(self.lock, os.O_WRONLY | os.O_CREAT, SECRET_FILE), "w") as lock:
+            deadline = time.monotonic() + timeout_s
+            while not _try_lock(lock.fileno()):
+                if time.monotonic() >= deadline:
+                    state = self.read()
+                    who = f" (process {state.pid})" if state else ""
+                    raise ConfigError(
+                        f"a cluster called {self.name} runs on this machine{who}: stop it with `foretoken cluster "
+                        f"down`, or choose another --cluster-name",
+                        param="cluster_name",
+                    )
+                time.sleep(POLL_S)
+            yield
+
+    def is_held(self) -> bool:
+        """Whether a supervisor lives."""
+        try:
+            file = os.open(self.lock, os.O_WRONLY)
+        except OSError:
+            return False
+        try:
+            return not _try_lock(file)
+        finally:
+            os.close(file)
+
+
+def _try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

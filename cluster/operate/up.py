@@ -1,0 +1,340 @@
+"""`foretoken cluster up`: starts the processes of a cluster, keeps them up, and ends them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from cluster import logs
+from cluster.config import ENV_PREFIX, Settings
+from cluster.control.launch import MAX_EQUAL_START_FAILURES, MAX_SOCKET_PARENT, PACKAGES
+from cluster.control.model import find_model
+from cluster.control.ray_launcher import RayLauncher
+from cluster.errors import ConfigError, DeadlineError, StoreUnavailableError, UnavailableError, WorkerLostError
+from cluster.event_loop import loop_factory
+from cluster.machine import this_machine
+from cluster.operate.children import GRACE_S, MARK, Child, sweep
+from cluster.operate.foreground import LOST, run_behind
+from cluster.operate.leftovers import clean_up, end_workers, kill_workers
+from cluster.operate.ray_nodes import free_port, is_started, node_children, node_environment
+from cluster.operate.redis_server import is_answering, redis_child
+from cluster.operate.show import announce, read_status
+from cluster.operate.state_file import Places, SupervisorState
+from cluster.protocol import ClusterStatus
+from cluster.serve import EXIT_AT_ONCE, HTTP_STOP_TIMEOUT_S, SIGNALS, WORKER_STOP_TIMEOUT_S, base_url, listen
+from cluster.store import open_store
+from cluster.store.base import Store
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.1
+TOKEN_BYTES = 32
+FOLDER_PREFIX = "ft-"  # short: sockets lie below it
+
+
+def run(settings: Settings) -> int:
+    """Keep a cluster up until a signal; returns the exit code. Raises `ForetokenError` for what stands in the way."""
+    if sys.platform != "linux":
+        raise ConfigError(
+            "clusters through Ray run on Linux only; here `foretoken serve` serves a model from one process"
+        )
+    logs.configure(settings.log_level, settings.log_format)
+    started = time.monotonic()
+    with listen(settings.host, settings.port) as listener:  # a port in use fails before anything is started
+        url, port = base_url(listener), listener.getsockname()[1]
+    model = find_model(settings)  # fetched here, with progress; the others find it
+    token = settings.token or SecretStr(secrets.token_hex(TOKEN_BYTES))
+    found = {"served_model_name": model.name, "port": port, "token": token}
+    if settings.model is not None:
+        found |= {"model": str(model.path), "revision": None}
+    settings = settings.model_copy(update=found)
+    places = Places(settings)
+
+    def work(orders: int) -> int:
+        with places.held(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+            return runner.run(_Supervisor(settings, places, url).run(orders, started))
+
+    code = run_behind(work)
+    if code == LOST:
+        with places.held(GRACE_S):
+            clean_up(places)
+        raise WorkerLostError("the cluster's supervisor was killed; what it had started has been ended")
+    return code
+
+
+def settings_environment(settings: Settings) -> dict[str, str]:
+    """The settings as environment variables, for our own processes."""
+    environment = {}
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        if isinstance(value, SecretStr):
+            value = value.get_secret_value()
+        text = str(value).lower() if isinstance(value, bool) else str(int(value) if isinstance(value, int) else value)
+        environment[ENV_PREFIX + name.upper()] = text
+    return environment
+
+
+class _Supervisor:
+    """The children of one `cluster up`, from their start to their end."""
+
+    def __init__(self, settings: Settings, places: Places, url: str) -> None:
+        self._settings = settings
+        self._places = places
+        self._url = url
+        self._run_id = secrets.token_hex(8)
+        self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=_short_folder()))
+        self._stop = asyncio.Event()
+        self._is_at_once = False
+        self._children: list[Child] = []
+        assert settings.token is not None
+        self._token = settings.token.get_secret_value()
+        self._environment = _without_ours(os.environ) | settings_environment(settings) | {MARK: self._run_id}
+        paths = [str(PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._environment["PYTHONPATH"] = os.pathsep.join(paths)
+        self._store_url = settings.store or ""
+
+    async def run(self, orders: int, started: float) -> int:
+        """Until an order comes; raises `ForetokenError` where the cluster cannot be started."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(orders, self._take_order, orders)
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._on_signal)
+        clean_up(self._places)
+        store: Store | None = None
+        try:
+            begun = asyncio.create_task(self._begin())
+            stopped = asyncio.create_task(self._stop.wait())
+            await asyncio.wait({begun, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not begun.done():
+                begun.cancel()
+                await asyncio.gather(begun, return_exceptions=True)
+                return 0
+            store, status = await begun
+            announce(status, self._url, self._settings, self._places.logs, time.monotonic() - started)
+            keepers = [asyncio.create_task(child.keep_up()) for child in self._children]
+            await stopped
+            logger.info(
+                "stopping: what runs may take %g s more; a second signal ends at once", self._settings.drain_timeout_s
+            )
+            await self._stop_all()
+            await asyncio.gather(*keepers)
+            return 0
+        finally:
+            if store is not None:
+                await store.close()
+            if not self._is_at_once:
+                await self._stop_all()
+            self._end()
+
+    def _take_order(self, orders: int) -> None:
+        """A signal that the foreground got, or its end."""
+        if os.read(orders, 1):
+            self._on_signal()
+            return
+        asyncio.get_running_loop().remove_reader(orders)
+        self._stop.set()
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            self._is_at_once = True
+            raise SystemExit(EXIT_AT_ONCE)  # out of the event loop
+        self._stop.set()
+
+    def _end(self) -> None:
+        """Whatever is left of this cluster on this machine ends now."""
+        kill_workers(self._places)
+        sweep(self._run_id)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._places.remove()
+
+    # ------------------------------------------------------------------------------------------------------ starting
+
+    async def _begin(self) -> tuple[Store, ClusterStatus]:
+        """Everything started and serving. Raises `ForetokenError` with the last lines of who failed."""
+        deadline = time.monotonic() + self._settings.start_timeout_s
+        nodes: list[Child] = []
+        if self._settings.local is None:
+            await self._find_ray()
+        else:
+            nodes = self._local_nodes(self._settings.local)
+        if self._settings.store is None:
+            redis, self._store_url = redis_child(
+                self._folder, self._token, self._places.logs / "redis.log", self._plain_environment()
+            )
+            self._environment[f"{ENV_PREFIX}STORE"] = self._store_url
+            self._add(redis)
+            await self._until(lambda: is_answering(self._folder), deadline, "redis")
+        gateway, controller = (self._command(name) for name in ("gateway", "controller"))
+        self._add(*nodes[:1], gateway)
+        await self._until(lambda: all(map(is_started, nodes[:1])), deadline, "Ray's head")
+        self._add(*nodes[1:])
+        await self._until(lambda: all(map(is_started, nodes)), deadline, "Ray's nodes")
+        self._add(controller)
+        store = open_store(self._store_url, namespace=self._settings.cluster_name)
+        try:
+            return store, await self._until_serving(store, deadline)
+        except BaseException:
+            await store.close()
+            raise
+
+    async def _find_ray(self) -> None:
+        """Raises `ConfigError` where no Ray runs that could be joined."""
+        launcher = RayLauncher(self._settings)
+        try:
+            topology = await launcher.topology()
+        except UnavailableError as error:
+            raise ConfigError(
+                f"{error.message}. Start Ray nodes on this machine with --local N, or set RAY_ADDRESS to a Ray that "
+                "runs (and RAY_AUTH_MODE=token with its RAY_AUTH_TOKEN where it wants a token)",
+                param="local",
+            ) from None
+        finally:
+            await launcher.close()
+        logger.info("Ray has %d nodes: %s", len(topology.nodes), ", ".join(node.id for node in topology.nodes))
+
+    def _local_nodes(self, num_nodes: int) -> list[Child]:
+        port = free_port()
+        mark = {MARK: self._run_id}
+        environment = node_environment(os.environ, token=self._token, folder=self._folder, mark=mark)
+        ours = {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
+        self._environment |= ours
+        return node_children(
+            num_nodes,
+            port=port,
+            folder=self._folder,
+            logs=self._places.logs,
+            environment=environment,
+            machine=this_machine(),
+        )
+
+    def _command(self, name: str) -> Child:
+        """One of our own processes."""
+        command = (sys.executable, "-P", "-m", "cluster.cli", "cluster", name)
+        environment = self._environment
+        if name == "gateway":  # it has nothing to do with Ray
+            environment = {key: value for key, value in environment.items() if not key.startswith("RAY_")}
+        drain_s = self._settings.drain_timeout_s + HTTP_STOP_TIMEOUT_S + GRACE_S
+        return Child(name, command, environment, self._places.logs / f"{name}.log", grace_s=drain_s)
+
+    def _plain_environment(self) -> dict[str, str]:
+        return _without_ours(os.environ) | {MARK: self._run_id}
+
+    def _add(self, *children: Child) -> None:
+        for child in children:
+            child.on_change = self._write_state
+            self._children.append(child)
+            child.start()
+
+    def _write_state(self) -> None:
+        self._places.write(
+            SupervisorState(
+                pid=os.getpid(),
+                run_id=self._run_id,
+                folder=str(self._folder),
+                url=self._url,
+                store=self._store_url,
+                token=self._token,
+                children={child.name: pid for child in self._children if (pid := child.pid) is not None},
+            )
+        )
+
+    async def _until(self, is_done: Callable[[], bool], deadline: float, what: str) -> None:
+        while not is_done():
+            for child in self._children:
+                child.check()
+            if time.monotonic() > deadline:
+                raise DeadlineError(
+                    f"{what} was not ready after {self._settings.start_timeout_s:g} s (start_timeout_s); "
+                    f"see the logs in {self._places.logs}"
+                )
+            await asyncio.sleep(POLL_S)
+
+    async def _until_serving(self, store: Store, deadline: float) -> ClusterStatus:
+        """Until the controller says that every worker serves, and the gateway that it can be used.
+
+        Raises `UnavailableError` where a worker fails to start in one way again and again.
+        """
+        problem = None
+        times: Counter[str] = Counter()
+        while True:
+            for child in self._children:
+                child.check()
+            with contextlib.suppress(StoreUnavailableError):
+                status = await read_status(store)
+                if status is not None and _is_serving(status) and await asyncio.to_thread(is_ready, self._url):
+                    return status
+                if status is not None and status.problem not in (None, problem):
+                    problem = status.problem
+                    times[problem] += 1
+                    if times[problem] == 1:
+                        logger.info("not serving yet: %s", problem)
+                    if times[problem] == MAX_EQUAL_START_FAILURES and _is_of_a_worker(problem, status):
+                        raise UnavailableError(f"the cluster does not come up: {problem} (logs in {self._places.logs})")
+            if time.monotonic() > deadline:
+                raise DeadlineError(
+                    f"the cluster was not ready after {self._settings.start_timeout_s:g} s (start_timeout_s): "
+                    f"{problem or 'nothing is known to be wrong'}; see the logs in {self._places.logs}"
+                )
+            await asyncio.sleep(POLL_S)
+
+    # ------------------------------------------------------------------------------------------------------ stopping
+
+    async def _stop_all(self) -> None:
+        """What runs finishes, and meanwhile everything is kept up; then the controller ends the workers. Idempotent."""
+        running = {child.name: child for child in self._children if child.pid is not None}
+        for name in ("gateway", "controller"):
+            if name in running:
+                await running[name].stop()
+        if running:
+            await end_workers(self._settings, self._places, WORKER_STOP_TIMEOUT_S)  # those that it could not reach
+        await asyncio.gather(*(child.stop() for child in self._children))
+
+
+def _is_serving(status: ClusterStatus) -> bool:
+    return (
+        status.problem is None
+        and bool(status.workers)
+        and all(worker.condition == "serving" for worker in status.workers)
+    )
+
+
+def _is_of_a_worker(problem: str, status: ClusterStatus) -> bool:
+    """Whether it says why a worker does not start: those begin with the worker's name."""
+    return problem.startswith(tuple(worker.name for worker in status.workers))
+
+
+def is_ready(url: str) -> bool:
+    """Whether the gateway there can be used."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=2.0)
+    try:
+        connection.request("GET", "/health/ready")
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _short_folder() -> str:
+    """Where sockets fit, whatever the temporary folder is called."""
+    parent = tempfile.gettempdir()
+    return parent if len(parent) <= MAX_SOCKET_PARENT // 4 else "/tmp"
+
+
+def _without_ours(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if not name.startswith(ENV_PREFIX)}

@@ -1,0 +1,209 @@
+"""`foretoken cluster worker`: one worker that the controller did not start, as a pod runs it.
+
+The worker is a child of this process, which keeps it up, and keeps its record in the store under a lease: who reads
+the record knows that this process lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import socket
+import tempfile
+from pathlib import Path
+from typing import Literal, cast
+
+import msgspec
+
+from cluster import logs
+from cluster.config import Settings
+from cluster.control.launch import WorkerProcess, launch_message, worker_environment
+from cluster.control.model import find_model
+from cluster.control.ray_actor import gpu_bytes
+from cluster.control.registry import WORKERS
+from cluster.control.topology import MEMORY_SHARE
+from cluster.errors import ConfigError, StoreUnavailableError
+from cluster.event_loop import loop_factory
+from cluster.machine import this_machine
+from cluster.protocol import Announcement, Launch, WorkerRecord
+from cluster.serve import EXIT_AT_ONCE, on_signals
+from cluster.store import open_store
+from cluster.store.base import Store
+
+logger = logging.getLogger(__name__)
+
+LEASES = 3  # a record lasts for so many of the worker's leases
+LOOKS = 10  # at the worker and its record within that time
+STOP_EXTRA_S = 5.0  # for the worker to end, beside what runs
+TOKEN_VARIABLE = "FORETOKEN_TOKEN"  # the worker gets it in its launch message
+PLACE = re.compile(r"(?:^|-)((attention|expert)-(?:0|[1-9]\d{0,8}))$")
+WILDCARDS = ("0.0.0.0", "::")
+SOMEWHERE = ("192.0.2.1", 9)  # never sent to: the way there shows our own address (RFC 5737)
+
+
+def run(settings: Settings, role: str, name: str, node: str) -> int:
+    """Serve until SIGTERM or SIGINT, then let what runs finish; returns the exit code.
+
+    Raises `ForetokenError` for what stands in the way, and `WorkerLostError` when the worker cannot be started.
+    """
+    logs.configure(settings.log_level, settings.log_format)
+    place = place_of(role, name)
+    if settings.store is None:
+        raise ConfigError(
+            "a worker says in the store that it is there: set FORETOKEN_STORE, or `store` in the config file, to its "
+            "url (redis://…)",
+            param="store",
+        )
+    with asyncio.Runner(loop_factory=loop_factory()) as runner, tempfile.TemporaryDirectory(prefix="ft-") as folder:
+        runner.run(_serve(settings, settings.store, place, node or socket.gethostname(), Path(folder)))
+    return 0
+
+
+def place_of(role: str, name: str) -> str:
+    """The place in the cluster that a pod's name ends with. Raises `ConfigError`."""
+    if role not in ("attention", "expert"):
+        raise ConfigError(f"a worker's role is attention or expert, not {role!r}", param="role")
+    found = PLACE.search(name)
+    if found is None or found[2] != role:
+        raise ConfigError(
+            f"an {role} worker's name is {role}-<number>, or ends with -{role}-<number>, not {name!r}", param="name"
+        )
+    return found[1]
+
+
+def advertised_host(settings: Settings) -> str:
+    """Where others reach this process: as the settings say, or the address of the interface that leads outside."""
+    if settings.advertise is not None:
+        return settings.advertise
+    if settings.host not in WILDCARDS:
+        return settings.host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+        probe.connect(SOMEWHERE)
+        return str(probe.getsockname()[0])
+    raise ConfigError("this machine's address was not found: set FORETOKEN_ADVERTISE to it", param="advertise")
+
+
+async def _serve(settings: Settings, store_url: str, place: str, node: str, folder: Path) -> None:
+    stop = asyncio.Event()
+    on_signals(stop, lambda: os._exit(EXIT_AT_ONCE))
+    record, launch = await asyncio.to_thread(_prepare, settings, place, node, folder)
+    environment = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+    worker = WorkerProcess(
+        launch,
+        environment=worker_environment(launch, this_machine(), environment),
+        start_timeout_s=settings.start_timeout_s,
+    )
+    store = open_store(store_url, namespace=settings.cluster_name)
+    registration = Registration(store, record, ttl_s=LEASES * settings.lease_s)
+    keep_up = asyncio.create_task(_keep_up(worker))
+    stopped = asyncio.create_task(stop.wait())
+    pause_s = LEASES * settings.lease_s / LOOKS
+    try:
+        while not stop.is_set() and not keep_up.done():
+            await registration.renew(_announced(launch, worker.pid))
+            await asyncio.wait({keep_up, stopped}, timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
+        if keep_up.done():
+            await keep_up  # raises why there is no worker
+    finally:
+        stopped.cancel()
+        await registration.renew(None)
+        await worker.stop(settings.drain_timeout_s + STOP_EXTRA_S)
+        await asyncio.gather(keep_up, return_exceptions=True)
+        await store.close()
+
+
+def _prepare(settings: Settings, place: str, node: str, folder: Path) -> tuple[WorkerRecord, Launch]:
+    """The worker's record, but for what only the running process knows, and its options."""
+    host, machine, model = advertised_host(settings), this_machine(), find_model(settings)
+    role = cast(Literal["attention", "expert"], place.partition("-")[0])
+    gpus = gpu_bytes() if settings.device != "cpu" else []
+    free_bytes = gpus[0] if gpus else machine.available_bytes
+    memory_bytes = int(free_bytes * MEMORY_SHARE)
+    port = settings.port or _free_port(settings.host)
+    record = WorkerRecord(
+        name=place,
+        role=role,
+        node_id=node,
+        device_id="cuda:0" if gpus else "cpu",
+        address=f"{host}:{port}",
+        worker_id="",
+        pid=0,
+        memory_bytes=memory_bytes,
+        kv_bytes=int(settings.kv_cache_bytes or 0),
+    )
+    launch = msgspec.structs.replace(
+        launch_message(
+            settings,
+            address=f"{settings.host}:{port}",
+            model_path=model.path,
+            served_name=model.name,
+            progress=False,
+            machine=machine,
+        ),
+        host_memory_bytes=int(machine.available_bytes * MEMORY_SHARE),
+        role=role,
+        name=place,
+        node_id=node,
+        token=settings.token.get_secret_value() if settings.token is not None else None,
+        announce_path=str(folder / "announcement.json"),
+        tensor_host=socket.gethostbyname(host),
+        heartbeat_s=settings.lease_s / LOOKS,
+        peer_timeout_s=settings.peer_timeout_s,
+        reroute_timeout_s=settings.reroute_timeout_s,
+    )
+    return record, launch
+
+
+async def _keep_up(worker: WorkerProcess) -> None:
+    await worker.start()
+    await worker.watch()
+
+
+def _announced(launch: Launch, pid: int | None) -> Announcement | None:
+    """What the process that runs now has announced."""
+    assert launch.announce_path is not None
+    try:
+        announcement = msgspec.json.decode(Path(launch.announce_path).read_bytes(), type=Announcement)
+    except FileNotFoundError:
+        return None
+    return announcement if announcement.pid == pid else None
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+class Registration:
+    """A worker's record in the store, kept there while its process runs, also by a store that was emptied."""
+
+    def __init__(self, store: Store, record: WorkerRecord, *, ttl_s: float) -> None:
+        self._store = store
+        self._record = record
+        self._ttl_s = ttl_s
+
+    async def renew(self, announcement: Announcement | None) -> None:
+        """The record of the process that announced itself; None: of none. Tried again by the next call."""
+        try:
+            await self._renew(announcement)
+        except StoreUnavailableError as error:
+            logger.debug("the worker's record was not renewed: %s", error.message)
+
+    async def _renew(self, announcement: Announcement | None) -> None:
+        key = WORKERS + self._record.name
+        held = await self._store.get(key)
+        expected = held.version if held is not None else 0
+        if announcement is None:
+            if held is not None and msgspec.json.decode(held.value, type=WorkerRecord).address == self._record.address:
+                await self._store.compare_and_set(key, None, expected=expected)
+            return
+        record = msgspec.structs.replace(self._record, worker_id=announcement.worker_id, pid=announcement.pid)
+        value = msgspec.json.encode(record)
+        if held is None or held.value != value:
+            await self._store.compare_and_set(key, value, expected=expected, ttl_s=self._ttl_s)
+        else:
+            await self._store.renew(key, expected=expected, ttl_s=self._ttl_s)

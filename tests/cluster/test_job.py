@@ -1,0 +1,96 @@
+"""`cluster up` as a Ray job, on a real Ray with its dashboard."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.control import detached
+from cluster.operate.children import sweep
+from cluster.operate.leftovers import kill_workers
+from cluster.operate.state_file import Places
+from tests.support import cluster_up
+from tests.support.ray_cluster import RayCluster
+
+pytestmark = [pytest.mark.needs("ray", "redis", "linux", "demo"), pytest.mark.timeout(400)]
+
+NAME = "local"  # as the config file says
+RAY = (sys.executable, "-m", "ray.scripts.scripts", "job")
+
+
+@pytest.fixture
+def ray_with_dashboard() -> Iterator[RayCluster]:
+    cluster = RayCluster(1, 60, dashboard=True)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def _ray_job(cluster: RayCluster, *arguments: str) -> str:
+    done = subprocess.run(
+        (*RAY, *arguments),
+        cwd=cluster_up.ROOT,
+        env=cluster.environment | {"RAY_API_SERVER_ADDRESS": f"http://{cluster.dashboard_address}"},
+        capture_output=True,
+        text=True,
+        timeout=cluster_up.END_TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_job_serves_drains_and_leaves_nothing(ray_with_dashboard: RayCluster, tmp_path: Path) -> None:
+    cluster = ray_with_dashboard
+    places = Places(cluster_up.settings(tmp_path, NAME))
+    variables = {
+        "FORETOKEN_HOME": str(tmp_path),
+        "FORETOKEN_PORT": "0",
+    }
+    command = f"{sys.executable} -m cluster.cli cluster up --config configs/cluster/local.yaml"
+    try:
+        _ray_job(
+            cluster,
+            "submit",
+            "--submission-id=up",
+            "--no-wait",
+            "--working-dir=.",
+            "--runtime-env-json=" + json.dumps({"env_vars": variables}),
+            "--",
+            *command.split(),
+        )
+        url = _wait_ready(cluster)
+        state = cluster_up.wait_state(places)
+        worker, _ = [int(path.read_text()) for path in places.logs.glob("expert-*.pid")]
+        code = Path(os.readlink(f"/proc/{worker}/cwd")).name
+        assert code.startswith("_ray_pkg_"), code  # what was uploaded, not this checkout
+        assert cluster_up.complete(url, "Once upon a time", 8)["usage"]["completion_tokens"] == 8
+        _ray_job(cluster, "stop", "--no-wait", "up")
+        cluster_up.wait_ended(places)
+        assert not Path(state.folder).exists()
+        for path in places.logs.glob("*.pid"):
+            assert not detached.is_running(int(path.read_text()), path.stem)
+        assert [node.pid for node in cluster.nodes if node.pid is None] == []  # their Ray goes on
+    finally:
+        if (left := places.read()) is not None:
+            sweep(left.run_id)
+        kill_workers(places)
+
+
+def _wait_ready(cluster: RayCluster) -> str:
+    deadline = time.monotonic() + cluster_up.START_TIMEOUT_S
+    while (found := cluster_up.READY.search(shown := _ray_job(cluster, "logs", "up"))) is None:
+        assert time.monotonic() < deadline, shown
+        assert not re.search(r"^Error: ", shown, re.MULTILINE), shown
+        time.sleep(0.5)
+    return found[1]

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from cluster.control.leadership import EPOCH_KEY, LEAD_KEY, Leadership, LostLeadError
+from cluster.store.memory import MemoryStore
+
+DEADLINE_S = 20.0
+LEASE_S = 0.3
+
+
+class _Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def _run(body: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            await body()
+
+    asyncio.run(bounded())
+
+
+def test_epochs_grow_from_one_leader_to_the_next() -> None:
+    async def body() -> None:
+        store = MemoryStore()
+        for epoch in (1, 2, 3):
+            leader = Leadership(store, f"controller-{epoch}", lease_s=LEASE_S)
+            assert await leader.acquire()
+            assert (leader.epoch, leader.message.controller_id) == (epoch, f"controller-{epoch}")
+            await leader.resign()
+
+    _run(body)
+
+
+def test_while_one_leads_another_waits_and_may_give_up() -> None:
+    async def body() -> None:
+        clock = _Clock()
+        store = MemoryStore(clock=clock)
+        first, second = (Leadership(store, name, lease_s=LEASE_S) for name in ("first", "second"))
+        assert await first.acquire()
+        looks = iter([False, False, True])
+        assert not await second.acquire(lambda: next(looks))
+        assert second.epoch == 0
+        clock.now_s += 2 * LEASE_S
+        await first.renew()
+        clock.now_s += 2 * LEASE_S
+        looks = iter([False, True])
+        assert not await second.acquire(lambda: next(looks))
+        clock.now_s += 2 * LEASE_S  # the first has said nothing for as long as its lead lasts
+        assert await second.acquire()
+        assert second.epoch == 2
+        with pytest.raises(LostLeadError, match="controller second leads with epoch 2"):
+            await first.renew()
+
+    _run(body)
+
+
+def test_a_store_that_came_back_empty_gets_the_lead_and_the_epoch_again() -> None:
+    async def body() -> None:
+        store = MemoryStore()
+        leader = Leadership(store, "first", lease_s=LEASE_S)
+        await leader.acquire()
+        await leader.raise_above(6)
+        await store.compare_and_set(LEAD_KEY, None, expected=(await store.get(LEAD_KEY)).version)
+        await store.compare_and_set(EPOCH_KEY, None, expected=(await store.get(EPOCH_KEY)).version)
+        await leader.renew()
+        assert (await store.get(EPOCH_KEY)).value == b"7"
+        assert await store.get(LEAD_KEY) is not None
+
+    _run(body)
+
+
+def test_of_two_that_an_emptied_store_let_lead_the_higher_epoch_wins() -> None:
+    async def body() -> None:
+        store, emptied = MemoryStore(), MemoryStore()
+        first = Leadership(store, "first", lease_s=LEASE_S)
+        await first.acquire()
+        await first.raise_above(4)
+        second = Leadership(emptied, "second", lease_s=LEASE_S)
+        await second.acquire()
+        first._store = emptied  # what it knew is gone
+        await first.renew()
+        with pytest.raises(LostLeadError, match="controller first leads with epoch 5"):
+            await second.renew()
+
+    _run(body)
+
+
+def test_an_epoch_above_ours_in_the_store_ends_our_lead() -> None:
+    async def body() -> None:
+        store = MemoryStore()
+        leader = Leadership(store, "first", lease_s=LEASE_S)
+        await leader.acquire()
+        await store.compare_and_set(EPOCH_KEY, b"5", expected=(await store.get(EPOCH_KEY)).version)
+        with pytest.raises(LostLeadError, match="the store knows of epoch 5, above ours, 1"):
+            await leader.renew()
+
+    _run(body)

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import msgspec
+
+from cluster.control.status import cluster_status, conditions
+from cluster.protocol import ClusterStatus, EngineState, Lead
+from tests.support.simulated_cluster import NUM_EXPERTS, TERMS, SimulatedCluster, node
+
+
+def _status(cluster: SimulatedCluster) -> ClusterStatus:
+    lead = Lead(epoch=3, controller_id="c")
+    return cluster_status("name", "model", lead, TERMS, cluster.observed(), cluster.plan, "a problem")
+
+
+def _conditions(cluster: SimulatedCluster) -> dict[str, str]:
+    return {worker.name: worker.condition for worker in _status(cluster).workers}
+
+
+def test_workers_are_starting_then_serving_then_lost() -> None:
+    cluster = SimulatedCluster(0, [node("a"), node("b")])
+    cluster.step()
+    assert set(_conditions(cluster).values()) == {"starting"}
+    cluster.run(10.0)
+    assert set(_conditions(cluster).values()) == {"serving"}
+    cluster.hang("expert-1", 100.0)
+    cluster.run(2.0)
+    assert _conditions(cluster)["expert-1"] == "lost"
+
+
+def test_it_shows_who_leads_what_is_held_and_where() -> None:
+    cluster = SimulatedCluster(0, [node("a"), node("b", 2000)])
+    cluster.run(10.0)
+    status = _status(cluster)
+    assert (status.cluster, status.model, status.epoch, status.controller_id) == ("name", "model", 3, "c")
+    assert status.problem == "a problem"
+    assert [(n.node_id, n.memory_bytes, n.is_alive) for n in status.nodes] == [("a", 1000, True), ("b", 2000, True)]
+    assert sum(worker.num_experts for worker in status.workers) == NUM_EXPERTS
+    for worker in status.workers:
+        assert worker.num_experts == sum(map(len, worker.shards))
+
+
+def test_a_node_that_is_gone_is_shown_while_its_workers_are() -> None:
+    cluster = SimulatedCluster(0, [node("a"), node("b", 200)])
+    cluster.run(10.0)
+    cluster.lost_nodes.add("b")
+    status = _status(cluster)
+    assert {n.node_id: n.is_alive for n in status.nodes} == {"a": True, "b": False}
+
+
+def test_conditions_leave_out_what_changes_all_the_time() -> None:
+    cluster = SimulatedCluster(0, [node("a"), node("b")])
+    cluster.run(10.0)
+    status = _status(cluster)
+    busy = tuple(msgspec.structs.replace(worker, state=EngineState(steps=9)) for worker in status.workers)
+    assert conditions(msgspec.structs.replace(status, at_s=9.0, workers=busy)) == conditions(status)
+    other = msgspec.structs.replace(status, problem=None)
+    assert conditions(other) != conditions(status)

@@ -1,0 +1,179 @@
+"""Links between real processes: whole messages, deadlines, and peers that die, hang or never come."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+
+import pytest
+import torch
+
+from cluster.errors import ConfigError, PeerLostError
+from cluster.protocol import LinkOffer
+from workers.experts.exchange import GlooLink, LinkServer, TensorSpec, connect_link
+
+DEADLINE_S = 30.0
+
+
+def run_echo(pipe: Connection) -> None:
+    """A peer that sends back what it gets, three numbers at a time."""
+    links = LinkServer("127.0.0.1", DEADLINE_S)
+    pipe.send(links.offer())
+
+    def echo(link_id: str) -> None:
+        link = links.accept(link_id)
+        with contextlib.suppress(PeerLostError):
+            while True:
+                link.send(link.recv([TensorSpec((3,))], DEADLINE_S), DEADLINE_S)
+
+    while True:
+        threading.Thread(target=echo, args=(pipe.recv(),), daemon=True).start()
+
+
+class Echo:
+    def __init__(self) -> None:
+        context = get_context("spawn")
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(target=run_echo, args=(there,), daemon=True)
+        self.process.start()
+        assert self.pipe.poll(DEADLINE_S)
+        self.offer: LinkOffer = self.pipe.recv()
+
+    def link(self) -> GlooLink:
+        link_id = uuid.uuid4().hex
+        self.pipe.send(link_id)
+        return connect_link(self.offer, link_id, "127.0.0.1", DEADLINE_S)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+
+@pytest.fixture
+def echo() -> Iterator[Echo]:
+    found = Echo()
+    yield found
+    found.process.kill()
+    found.process.join()
+
+
+def ask(link: GlooLink, deadline_s: float = DEADLINE_S) -> torch.Tensor:
+    link.send([torch.arange(3.0)], deadline_s)
+    return link.recv([TensorSpec((3,))], deadline_s)[0]
+
+
+@pytest.mark.parametrize(("number", "bound_s"), [(signal.SIGKILL, 0.5), (signal.SIGSTOP, 2.0)], ids=["dead", "hung"])
+def test_a_peer_that_dies_is_an_error_at_once_and_a_hung_one_at_the_deadline(
+    echo: Echo, number: signal.Signals, bound_s: float
+) -> None:
+    links = [echo.link(), echo.link()]
+    for link in links:
+        assert ask(link).tolist() == [0.0, 1.0, 2.0]
+    echo.signal(number)
+    for link in links:
+        started = time.monotonic()
+        with pytest.raises(PeerLostError, match=link.name):
+            ask(link, 1.0)
+        assert time.monotonic() - started < bound_s
+        with pytest.raises(PeerLostError, match="is broken"):
+            link.send([torch.ones(1)], 1.0)
+
+
+def test_one_link_closed_leaves_the_others(echo: Echo) -> None:
+    first, second = echo.link(), echo.link()
+    ask(first)
+    first.close()
+    assert ask(second).tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hung"])
+def test_a_server_that_is_gone_or_hangs_is_an_error_in_time(echo: Echo, number: signal.Signals) -> None:
+    echo.signal(number)
+    started = time.monotonic()
+    with pytest.raises(PeerLostError, match="rendezvous"):
+        connect_link(echo.offer, "nobody", "127.0.0.1", 0.5)
+    assert time.monotonic() - started < 2.0
+
+
+def test_a_peer_that_never_comes_holds_nobody_up() -> None:
+    server = LinkServer("127.0.0.1", 2.0)
+
+    def wait() -> None:
+        with pytest.raises(PeerLostError):
+            server.accept("nobody")
+
+    waits = threading.Thread(target=wait)
+    waits.start()
+    here, there = open_pair(server)
+    here.send([], DEADLINE_S)
+    assert waits.is_alive(), "the other link was open first"
+    waits.join(DEADLINE_S)
+    there.close()
+    started = time.monotonic()
+    with pytest.raises(PeerLostError, match="rendezvous"):
+        server.accept("nobody else")
+    assert 1.5 < time.monotonic() - started < 5.0
+
+
+def open_pair(server: LinkServer) -> tuple[GlooLink, GlooLink]:
+    found: list[GlooLink] = []
+    thread = threading.Thread(target=lambda: found.append(server.accept("p")))
+    thread.start()
+    link = connect_link(server.offer(), "p", "127.0.0.1", DEADLINE_S)
+    thread.join(DEADLINE_S)
+    return link, found[0]
+
+
+def test_messages_arrive_whole_and_in_order() -> None:
+    link, other = open_pair(LinkServer("127.0.0.1", DEADLINE_S))
+    sent = [torch.arange(3), torch.empty(0, 4), torch.randn(5, 7)]
+    sender = threading.Thread(target=link.send, args=(sent, DEADLINE_S))
+    sender.start()
+    specs = [TensorSpec((3,), torch.int64), TensorSpec((0, 4)), TensorSpec((5, 7))]
+    got = other.recv(specs, DEADLINE_S)
+    sender.join(DEADLINE_S)
+    assert all(torch.equal(a, b) for a, b in zip(sent, got, strict=True))
+
+
+@pytest.mark.needs("linux")
+def test_everything_listens_on_the_tensor_host_alone() -> None:
+    before = listening()
+    server = LinkServer("127.0.0.2", DEADLINE_S)
+    assert server.offer().host == "127.0.0.2"
+    found: list[GlooLink] = []
+    thread = threading.Thread(target=lambda: found.append(server.accept("p")))
+    thread.start()
+    link = connect_link(server.offer(), "p", "127.0.0.3", DEADLINE_S)
+    thread.join(DEADLINE_S)
+    assert {host for host, _ in listening() - before} == {"127.0.0.2", "127.0.0.3"}
+    link.close()
+    found[0].close()
+
+
+def listening() -> set[tuple[str, int]]:
+    """Where this process accepts TCP connections: host and inode."""
+    inodes = set()
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink(f"/proc/self/fd/{descriptor}").removeprefix("socket:[").removesuffix("]"))
+    found = set()
+    for family in ("tcp", "tcp6"):
+        with open(f"/proc/net/{family}") as table:
+            for line in list(table)[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and fields[9] in inodes:
+                    address = bytes.fromhex(fields[1].split(":")[0])
+                    found.add((".".join(str(byte) for byte in reversed(address)), int(fields[9])))
+    return found
+
+
+def test_an_address_of_another_machine_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"tensor_host '203\.0\.113\.7'"):
+        LinkServer("203.0.113.7", 1.0)

@@ -1,0 +1,224 @@
+"""Offering links and asking for them, without tensors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import grpc.aio
+import msgspec
+import pytest
+
+from cluster.errors import PeerLostError
+from cluster.protocol import LINK_METHOD, SERVICE, Launch, LinkOffer, OpenLink, Peer
+from tests.support.worker_process import DEADLINE_S, POLL_S, bearer
+from workers import links
+from workers.auth import TokenCheck
+from workers.links import MAX_PENDING_LINKS, ExpertService, link_opener
+
+
+class FakeLink:
+    is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@dataclass
+class FakeLinks:
+    """Peers come when the test says so."""
+
+    come: threading.Event = field(default_factory=threading.Event)
+    links: dict[str, FakeLink] = field(default_factory=dict)
+    failure: Exception | None = None
+
+    def offer(self) -> LinkOffer:
+        return LinkOffer(host="here", port=7)
+
+    def accept(self, link_id: str) -> FakeLink:
+        assert self.come.wait(DEADLINE_S)
+        if self.failure is not None:
+            raise self.failure
+        self.links[link_id] = FakeLink()
+        return self.links[link_id]
+
+
+@dataclass
+class FakeHost:
+    """Serves until the test says stop."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    serving: threading.Event = field(default_factory=threading.Event)
+    failure: Exception | None = None
+
+    def serve(self, link: FakeLink) -> None:
+        self.serving.set()
+        assert self.stop.wait(DEADLINE_S)
+        if self.failure is not None:
+            raise self.failure
+
+
+@dataclass
+class Served:
+    address: str
+    service: ExpertService
+    links: FakeLinks
+    host: FakeHost
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not condition():
+                await asyncio.sleep(POLL_S)
+
+
+@contextlib.asynccontextmanager
+async def serving(token: str | None = None) -> AsyncIterator[Served]:
+    fakes: tuple[Any, Any] = (FakeHost(), FakeLinks())
+    service = ExpertService(*fakes, worker_id="me")
+    server = grpc.aio.server(interceptors=[TokenCheck(token)] if token else [])
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, service.handlers()),))
+    with tempfile.TemporaryDirectory() as folder:
+        address = f"unix:{folder}/e.sock"
+        server.add_insecure_port(address)
+        await server.start()
+        try:
+            yield Served(address, service, fakes[1], fakes[0])
+        finally:
+            fakes[1].come.set()
+            fakes[0].stop.set()
+            await server.stop(None)
+
+
+async def ask(served: Served, body: bytes | None = None, token: str | None = None, **request: str) -> LinkOffer:
+    message = OpenLink(**({"link_id": "a", "from_name": "attention-0"} | request))
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        call = channel.unary_unary(LINK_METHOD)
+        answer = await call(body or msgspec.msgpack.encode(message), timeout=DEADLINE_S, metadata=bearer(token))
+    return msgspec.msgpack.decode(answer, type=LinkOffer)
+
+
+async def refused(served: Served, body: bytes | None = None, **request: str) -> grpc.StatusCode:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await ask(served, body, **request)
+    return caught.value.code()
+
+
+def test_a_link_is_offered_served_and_closed() -> None:
+    async def run() -> None:
+        async with serving() as served:
+            assert served.service.idle
+            assert await ask(served, worker_id="me") == LinkOffer(host="here", port=7)
+            assert not served.service.idle
+            served.links.come.set()
+            await served.until(served.host.serving.is_set)
+            assert not served.service.idle
+            served.host.stop.set()
+            await served.until(lambda: served.service.idle)
+            assert served.links.links["a"].is_closed
+
+    asyncio.run(run())
+
+
+def test_what_is_no_request_for_this_worker_is_refused() -> None:
+    async def run() -> None:
+        async with serving() as served:
+            assert await refused(served, b"\xc1") == grpc.StatusCode.INVALID_ARGUMENT
+            assert await refused(served, link_id="") == grpc.StatusCode.INVALID_ARGUMENT
+            assert await refused(served, link_id="x" * 1000) == grpc.StatusCode.INVALID_ARGUMENT
+            assert await refused(served, worker_id="before me") == grpc.StatusCode.FAILED_PRECONDITION
+            served.service.drain()
+            assert await refused(served) == grpc.StatusCode.UNAVAILABLE
+            assert served.service.idle
+
+    asyncio.run(run())
+
+
+def test_links_that_wait_for_their_peers_are_bounded_and_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        async with serving() as served:
+            for number in range(MAX_PENDING_LINKS):
+                await ask(served, link_id=str(number))
+            assert await refused(served) == grpc.StatusCode.RESOURCE_EXHAUSTED
+            served.links.failure = PeerLostError("nobody came")
+            served.links.come.set()
+            await served.until(lambda: served.service.idle)
+            await ask(served)  # there is room again
+
+    asyncio.run(run())
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert lines[:MAX_PENDING_LINKS] == ["the link from 'attention-0' ends: nobody came"] * MAX_PENDING_LINKS
+
+
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [(PeerLostError("it went"), "ends: it went"), (ZeroDivisionError("a fault"), "ends: ZeroDivisionError: a fault")],
+)
+def test_a_link_that_fails_says_so_once_and_ends_alone(
+    failure: Exception, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        async with serving() as served:
+            served.host.failure = failure
+            served.links.come.set()
+            served.host.stop.set()
+            await ask(served)
+            await served.until(lambda: served.service.idle)
+            assert served.links.links["a"].is_closed
+            await ask(served, link_id="b")
+            await served.until(lambda: "b" in served.links.links and served.service.idle)
+
+    asyncio.run(run())
+    lines = [record.getMessage() for record in caplog.records if record.levelno >= 30]
+    assert lines == [f"the link from 'attention-0' {line}"] * 2
+
+
+def opener(token: str | None = None) -> Callable[[Peer], Any]:
+    launch = Launch(
+        address="",
+        model_path="",
+        served_name="",
+        name="attention-7",
+        token=token,
+        tensor_host="there",
+        peer_timeout_s=5,
+    )
+    return link_opener(launch)
+
+
+def test_an_attention_worker_asks_for_a_link_and_meets_its_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(links, "connect_link", lambda *values: met.append(values) or "a link")
+
+    async def run() -> None:
+        async with serving(token="s3cret") as served:
+            peer = Peer(name="expert-0", worker_id="me", address=served.address)
+            assert await asyncio.to_thread(opener("s3cret"), peer) == "a link"
+            served.links.come.set()
+            served.host.stop.set()
+            await served.until(lambda: served.service.idle)
+            ((offer, link_id, tensor_host, timeout_s),) = met
+            assert (offer, tensor_host, timeout_s) == (LinkOffer(host="here", port=7), "there", 5)
+            assert list(served.links.links) == [link_id]  # both have the same name for it
+            assert len(link_id) >= 32
+
+    asyncio.run(run())
+
+
+def test_a_peer_that_gives_no_link_is_lost() -> None:
+    async def run() -> None:
+        async with serving(token="s3cret") as served:
+            for peer, token, text in (
+                (Peer(name="expert-0", worker_id="another", address=served.address), "s3cret", "another is not here"),
+                (Peer(name="expert-0", worker_id="me", address=served.address), "wrong", "no valid token"),
+                (Peer(name="expert-0", worker_id="me", address="unix:/nowhere"), "s3cret", "expert-0 at unix:/nowhere"),
+            ):
+                with pytest.raises(PeerLostError, match=text):
+                    await asyncio.to_thread(opener(token), peer)
+
+    asyncio.run(run())

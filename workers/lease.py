@@ -1,0 +1,52 @@
+"""The lease that a controller renews. A worker that nobody controls any more ends itself: nobody else would."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+LOOKS = 20  # at the lease within its time
+LAST_WORDS_S = 1.0  # for the log line: whoever reads standard error may hang
+
+
+class Lease:
+    """Ends the process when `renew` was not called for `timeout_s`, by a thread of its own: an event loop may hang."""
+
+    def __init__(self, timeout_s: float | None, die: Callable[[], None] = lambda: os._exit(1)) -> None:
+        """`timeout_s` None: it lasts for ever."""
+        self._timeout_s = timeout_s
+        self._die = die
+        self._renewed = threading.Event()
+
+    def start(self) -> None:
+        if self._timeout_s is not None:
+            threading.Thread(target=self._watch, args=(self._timeout_s,), name="lease", daemon=True).start()
+
+    def renew(self) -> None:
+        self._renewed.set()
+
+    def _watch(self, timeout_s: float) -> None:
+        pause_s = timeout_s / LOOKS
+        silent_s, before = 0.0, time.monotonic()
+        while silent_s < timeout_s:
+            time.sleep(pause_s)
+            now = time.monotonic()
+            if self._renewed.is_set():
+                self._renewed.clear()
+                silent_s = 0.0
+            else:
+                # A process that was stopped for a while has yet to read what came meanwhile.
+                silent_s += min(now - before, 2 * pause_s)
+            before = now
+        last_words = threading.Thread(target=self._say_why, args=(timeout_s,), daemon=True)
+        last_words.start()
+        last_words.join(LAST_WORDS_S)
+        self._die()
+
+    def _say_why(self, timeout_s: float) -> None:
+        log.critical("no controller was heard of for %g s (orphan_timeout_s): this worker ends itself", timeout_s)

@@ -1,0 +1,134 @@
+"""How tensor links come about: an expert worker offers them, an attention worker opens them.
+
+The rendezvous is agreed on over the authenticated call `OpenLink`; only who made that call knows under which name the
+two meet.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grpc
+import msgspec
+
+from cluster.errors import ForetokenError, PeerLostError
+from cluster.protocol import LINK_METHOD, EngineState, Launch, LinkOffer, OpenLink, Peer
+from workers.auth import credentials
+from workers.experts.exchange import LinkServer, PeerLink, connect_link
+from workers.experts.host import ExpertHost
+
+log = logging.getLogger(__name__)
+
+MAX_PENDING_LINKS = 16  # offered, and nobody has come yet
+MAX_ID_BYTES = 128
+CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_open_link = msgspec.msgpack.Decoder(OpenLink).decode
+_decode_offer = msgspec.msgpack.Decoder(LinkOffer).decode
+
+
+def link_opener(launch: Launch) -> Callable[[Peer], PeerLink]:
+    """How this attention worker opens a link to an expert worker: within `peer_timeout_s` twice, on a thread."""
+
+    def open_link(peer: Peer) -> PeerLink:
+        """Raises `PeerLostError`."""
+        request = OpenLink(link_id=uuid.uuid4().hex, from_name=launch.name, worker_id=peer.worker_id)
+        try:
+            with grpc.insecure_channel(peer.address, options=CHANNEL_OPTIONS) as channel:
+                body = channel.unary_unary(LINK_METHOD)(
+                    _encode(request), timeout=launch.peer_timeout_s, metadata=credentials(launch.token)
+                )
+            offer = _decode_offer(body)
+        except grpc.RpcError as error:
+            raise PeerLostError(f"{peer.name} at {peer.address} offers no link: {error.details()}") from error
+        except msgspec.DecodeError as error:
+            raise PeerLostError(f"{peer.name} at {peer.address} offers no link: {error}") from error
+        return connect_link(offer, request.link_id, launch.tensor_host, launch.peer_timeout_s)
+
+    return open_link
+
+
+class ExpertService:
+    """Offers links and serves each on a thread of its own. Lives on the event loop."""
+
+    def __init__(self, host: ExpertHost, links: LinkServer, worker_id: str) -> None:
+        self._host = host
+        self._links = links
+        self._worker_id = worker_id
+        self._lock = threading.Lock()
+        self._num_pending = 0
+        self._num_open = 0
+        self._draining = False
+
+    def handlers(self) -> Mapping[str, Any]:
+        return {"OpenLink": grpc.unary_unary_rpc_method_handler(self.open_link, response_serializer=_encode)}
+
+    def start(self) -> None:
+        """Links begin with a call: nothing runs before."""
+
+    async def close(self) -> None:
+        """Open links break with the process, which their peers see at once."""
+
+    def drain(self) -> None:
+        """Offer no more links; those that are open go on."""
+        self._draining = True
+
+    @property
+    def idle(self) -> bool:
+        """No link is open, and none is about to be."""
+        with self._lock:
+            return not self._num_pending and not self._num_open
+
+    def state(self) -> EngineState:
+        return EngineState(worker_id=self._worker_id)
+
+    async def open_link(self, body: bytes, context: Any) -> LinkOffer:
+        try:
+            request = _decode_open_link(body)
+        except msgspec.DecodeError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"this is no OpenLink: {error}")
+            raise
+        if not 0 < len(request.link_id.encode()) <= MAX_ID_BYTES:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"link_id must have 1 to {MAX_ID_BYTES} bytes")
+        if request.worker_id not in ("", self._worker_id):
+            text = f"worker {request.worker_id} is not here any more; this is {self._worker_id}"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+        if self._draining:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker is shutting down")
+        with self._lock:
+            is_full = self._num_pending >= MAX_PENDING_LINKS
+            if not is_full:
+                self._num_pending += 1
+        if is_full:
+            text = f"{MAX_PENDING_LINKS} links wait for their peers already; try again"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        threading.Thread(target=self._meet, args=(request,), name="link", daemon=True).start()
+        return self._links.offer()
+
+    def _meet(self, request: OpenLink) -> None:
+        """A link's thread: wait for the peer, then serve it until it is done, or lost."""
+        link: PeerLink | None = None
+        try:
+            try:
+                link = self._links.accept(request.link_id)
+            finally:
+                with self._lock:
+                    self._num_pending -= 1
+                    self._num_open += link is not None
+            log.info("a link from %r is open", request.from_name)
+            self._host.serve(link)
+            log.info("the link from %r is closed", request.from_name)
+        except ForetokenError as error:
+            log.warning("the link from %r ends: %s", request.from_name, error.message)
+        except Exception as error:
+            log.error("the link from %r ends: %s: %s", request.from_name, type(error).__name__, error)
+        finally:
+            if link is not None:
+                link.close()
+                with self._lock:
+                    self._num_open -= 1
