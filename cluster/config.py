@@ -90,8 +90,8 @@ class Settings(BaseSettings):
     local: int | None = Field(
         None, ge=1, le=16, description="start so many Ray nodes on this machine; none: join the Ray that runs"
     )
-    num_attention_workers: int = Field(2, ge=1, le=256, description="workers that run requests")
-    num_expert_workers: int = Field(2, ge=1, le=256, description="workers that hold experts, at most")
+    attention_workers: int = Field(2, ge=1, le=256, description="workers that run requests")
+    expert_workers: int = Field(2, ge=1, le=256, description="workers that hold experts, at most")
     expert_copies: int = Field(1, ge=1, le=8, description="copies of an expert at most, each on a node of its own")
     store: str | None = Field(
         None, pattern=r"^(redis|rediss|unix)://", description="the cluster's Redis; none: `cluster up` starts one"

@@ -304,7 +304,7 @@ class WorkerReport(Message, frozen=True):
     state: EngineState = EngineState()
 
 
-# ------------------------------------------------------------------------------------- attention worker -> expert worker
+# ------------------------------------------------------------------------------------ attention worker -> expert worker
 
 
 class OpenLink(Message, frozen=True):

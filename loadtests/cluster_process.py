@@ -73,7 +73,7 @@ class LocalCluster:
             return status.problem
         if len([node for node in status.nodes if node.is_alive]) < (self.settings.local or 0):
             return "a node is missing"
-        wanted = self.settings.num_attention_workers + self.settings.num_expert_workers
+        wanted = self.settings.attention_workers + self.settings.expert_workers
         serving = [worker for worker in status.workers if worker.condition == "serving"]
         if len(serving) < wanted or len(serving) < len(status.workers):
             return f"{len(serving)} of {wanted} workers serve"

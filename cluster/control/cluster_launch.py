@@ -22,8 +22,8 @@ def demand_for(settings: Settings, shape: ModelShape) -> Demand:
     return Demand(
         load=() if is_dense else ((1.0,) * shape.num_experts,) * len(shape.moe_layers),
         expert_bytes=max(1, shape.expert_bytes),
-        num_expert_workers=0 if is_dense else settings.num_expert_workers,
-        num_attention_workers=settings.num_attention_workers,
+        num_expert_workers=0 if is_dense else settings.expert_workers,
+        num_attention_workers=settings.attention_workers,
         attention_bytes=shape.dense_bytes + WORKING_BYTES,
         kv_bytes=_kv_bytes(settings, shape, 1) if settings.kv_cache_bytes is None else int(settings.kv_cache_bytes),
         max_copies=settings.expert_copies,

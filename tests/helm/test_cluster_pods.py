@@ -158,8 +158,8 @@ def test_the_controller_alone_knows_how_many_workers_there_are() -> None:
     counted = {"attention": 0, "expert": 0}
     for group in FULL["workerGroups"]:
         counted[group["role"]] += group["replicas"]
-    assert variables["FORETOKEN_NUM_ATTENTION_WORKERS"] == str(counted["attention"]) == "2"
-    assert variables["FORETOKEN_NUM_EXPERT_WORKERS"] == str(counted["expert"]) == "5"
+    assert variables["FORETOKEN_ATTENTION_WORKERS"] == str(counted["attention"]) == "2"
+    assert variables["FORETOKEN_EXPERT_WORKERS"] == str(counted["expert"]) == "5"
 
     more = {**FULL, "workerGroups": [group | {"replicas": 7} for group in FULL["workerGroups"]]}
     for name, workload in _processes(FULL).items():

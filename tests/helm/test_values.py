@@ -19,7 +19,7 @@ OWN = {  # the chart sets them itself
     *("model", "revision", "served_model_name", "home", "host", "port"),
     *("cluster_name", "store", "token"),  # what the processes of a release share, two of them secrets
     "advertise",  # a pod's own address
-    *("num_attention_workers", "num_expert_workers"),  # as many as the groups have
+    *("attention_workers", "expert_workers"),  # as many as the groups have
 }
 NOT_SERVED = {"data", "local", "orphan_timeout_s"}  # of benches, of one machine, and pods are Kubernetes' to end
 
@@ -134,7 +134,7 @@ BAD: list[tuple[str, Values, str]] = [  # a name, values, what the message must 
     ("an unknown mode", {"mode": "ray"}, "mode"),
     ("a token among the settings", {"settings": {"token": "secret"}}, "token"),
     ("a store among the settings", {"settings": {"store": "redis://h"}}, "store"),
-    ("a number of workers among the settings", {"settings": {"num_expert_workers": 3}}, "num_expert_workers"),
+    ("a number of workers among the settings", {"settings": {"expert_workers": 3}}, "expert_workers"),
     ("three controllers", {"controller": {"replicas": 3}}, "controller.replicas"),
     ("no gateway", {"gateway": {"replicas": 0}}, "gateway.replicas"),
     ("an unknown role", {"workerGroups": [GROUP | {"role": "all"}]}, "workerGroups.0.role"),

@@ -56,7 +56,7 @@ def test_help_imports_neither_torch_nor_the_gateway() -> None:
 
 
 OF_CLUSTERS = {
-    "cluster_name", "local", "num_attention_workers", "num_expert_workers", "expert_copies", "store", "advertise",
+    "cluster_name", "local", "attention_workers", "expert_workers", "expert_copies", "store", "advertise",
     "lease_s", "peer_timeout_s", "reroute_timeout_s", "orphan_timeout_s",
 }  # fmt: skip
 

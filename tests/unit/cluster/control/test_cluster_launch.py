@@ -44,7 +44,7 @@ def test_demand_counts_moe_layers_only_and_room_for_one_sequence() -> None:
 
 def test_a_dense_model_needs_no_expert_workers() -> None:
     shape = msgspec.structs.replace(SHAPE, moe_layers=(), num_experts=0, expert_bytes=0)
-    demand = demand_for(load({"num_expert_workers": 5}), shape)
+    demand = demand_for(load({"expert_workers": 5}), shape)
     gib = 2**30
     nodes = Topology((Node("a", "a", 8 * gib, (Device("cpu", "cpu", 8 * gib),)),))
     assert [worker.id for worker in place(nodes, demand).workers] == ["attention-0", "attention-1"]

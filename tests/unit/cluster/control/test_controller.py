@@ -71,7 +71,7 @@ class _Cluster:
     def __init__(self, store: _Store, launcher: ControlledLauncher, **settings: object) -> None:
         self.store = store
         self.launcher = launcher
-        values: dict[str, object] = {"num_attention_workers": 1, "num_expert_workers": 2, "lease_s": LEASE_S}
+        values: dict[str, object] = {"attention_workers": 1, "expert_workers": 2, "lease_s": LEASE_S}
         self.settings = load(values | {"token": TOKEN, "drain_timeout_s": 1.0} | settings)
         self.controller = Controller(
             self.settings,

@@ -34,8 +34,8 @@ def _settings(tmp_path: Path) -> Settings:
         {
             "home": tmp_path,
             "device": "cpu",
-            "num_attention_workers": 1,
-            "num_expert_workers": 2,
+            "attention_workers": 1,
+            "expert_workers": 2,
             "max_num_seqs": 4,
             "max_model_len": 256,
             "host_kernels": False,

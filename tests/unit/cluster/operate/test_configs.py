@@ -19,12 +19,12 @@ def test_each_cluster_config_loads(path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name in Settings.model_fields:
         monkeypatch.delenv(f"FORETOKEN_{name.upper()}", raising=False)
     settings = load(config=path)
-    assert settings.num_attention_workers >= 1
-    assert settings.num_expert_workers >= 1
+    assert settings.attention_workers >= 1
+    assert settings.expert_workers >= 1
     assert {line.origin for line in settings.describe()} == {str(path), "default"}
 
 
 def test_the_local_config_is_the_demo_on_two_and_two_workers() -> None:
     settings = load(config=ROOT / "configs" / "cluster" / "local.yaml")
-    assert (settings.model, settings.num_attention_workers, settings.num_expert_workers) == (None, 2, 2)
+    assert (settings.model, settings.attention_workers, settings.expert_workers) == (None, 2, 2)
     assert settings.local is None  # so that a job joins the Ray that it was sent to

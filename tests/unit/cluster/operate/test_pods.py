@@ -34,7 +34,7 @@ class _Pods:
             "HOME": str(home),
             "DEVICE": "cpu",
             "PORT": "0",
-            "NUM_EXPERT_WORKERS": "1",
+            "EXPERT_WORKERS": "1",
             "MAX_NUM_SEQS": "4",
             "MAX_MODEL_LEN": "256",
             "KV_CACHE_BYTES": "64MiB",
