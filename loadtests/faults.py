@@ -16,8 +16,8 @@ from loadtests.cluster_process import LocalCluster
 from loadtests.processes import BenchError
 
 # Ray's nodes give up a lost head after this time, instead of a minute: the head stays away for longer.
-RECONNECT_S = 5
-AWAY_S = 12.0
+RECONNECT_S = 3
+AWAY_S = 8.0
 ENVIRONMENT = {"RAY_gcs_rpc_server_reconnect_timeout_s": str(RECONNECT_S)}
 POLL_S = 0.05
 

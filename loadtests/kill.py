@@ -38,6 +38,9 @@ BENCH = "kill"
 START_S = 300.0
 STREAM_S = 180.0  # one stream, its pauses included
 WHOLE_S = 180.0  # until a cluster is whole again
+MOST_TOKENS_PER_S = 120  # of one stream: a kill that lasts must not outlast what runs
+EARLY_SHARE = 0.2  # of the kills, before the first token:
+SENT_S = 0.005  # so long after the requests were sent
 SETTLE_S = 0.5  # from the streams' end until what died is known to have died
 COUNTS = ("kills", "tokens_checked", "tokens_lost", "tokens_repeated", "tokens_differing", "requests_failed")
 PAUSES = ("pause_p50_s", "pause_p99_s")
@@ -70,14 +73,17 @@ class Tally:
     reason: str = ""  # why there was none
 
 
-def completions(options: Options, rng: random.Random, words: Sequence[int], model: str) -> list[dict[str, Any]]:
-    """Greedy and sampled requests in turn, of mixed lengths, to a fixed number of tokens."""
+def completions(
+    options: Options, rng: random.Random, words: Sequence[int], model: str, lasts_s: float
+) -> list[dict[str, Any]]:
+    """Greedy and sampled requests in turn, of mixed lengths, to a number of tokens that takes longer than `lasts_s`."""
+    longer = round(lasts_s * MOST_TOKENS_PER_S)
     lengths = [rng.randint(8, 160) for _ in range(options.num_streams)]
     return [
         {
             "model": model,
             "prompt": prompt,
-            "max_tokens": rng.randint(*options.output_tokens),
+            "max_tokens": rng.randint(*options.output_tokens) + longer,
             "ignore_eos": True,
             "temperature": 0.0 if index % 2 == 0 else 0.9,
             "seed": rng.randrange(2**31),
@@ -111,18 +117,21 @@ async def disturbed(
             struck_s = time.monotonic()
             strike()
 
-    return await stream_all(url, bodies, count), struck_s
+    early = asyncio.get_running_loop().call_later(SENT_S, count, 0)
+    streams = await stream_all(url, bodies, count)
+    early.cancel()
+    return streams, struck_s
 
 
 def one_kill(cluster: LocalCluster, kind: Kind, options: Options, rng: random.Random, words: Sequence[int]) -> Tally:
     """Undisturbed, disturbed, compared. Raises `BenchError` where the cluster does not become whole again."""
-    bodies = completions(options, rng, words, cluster.server.model)
+    bodies = completions(options, rng, words, cluster.server.model, kind.lasts_s)
     expected = asyncio.run(stream_all(cluster.server.base_url, bodies))
     if wrong := next((stream.error for stream in expected if stream.error), ""):
         raise BenchError(f"an undisturbed request failed: {wrong}")
     total = sum(body["max_tokens"] for body in bodies)
     strike = kind.prepare(cluster, rng)
-    at_tokens = rng.randint(1, max(1, total // 2))
+    at_tokens = 0 if rng.random() < EARLY_SHARE else rng.randint(1, total // 4)
     got, struck_s = asyncio.run(disturbed(cluster.server.base_url, bodies, strike, at_tokens))
     tally = Tally(kills=1)
     for one, other in zip(got, expected, strict=True):
@@ -141,6 +150,7 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Tally]:
     words = word_ids(DEMO_PATH)
     tallies = {kind.name: Tally() for kind in KINDS}
     say("starting a cluster")
+    started = time.monotonic()
     with local_cluster(start_timeout_s=START_S, variables=ENVIRONMENT) as cluster:
         cluster.wait_until_whole(WHOLE_S)
         possible = []
@@ -152,9 +162,10 @@ def run(options: Options, say: Callable[[str], None]) -> dict[str, Tally]:
         while len(order) < options.kills and possible:
             order += rng.sample(possible, len(possible))
         for number, kind in enumerate(order[: options.kills], start=1):
-            say(f"kill {number} of {options.kills}: {kind.name}")
+            say(f"kill {number} of {options.kills}: {kind.name}, {time.monotonic() - started:.0f} s after the start")
             done = one_kill(cluster, kind, options, rng, words)
             sum_up(tallies[kind.name], done)
+            say(f"  {done.difference}, longest pause {max(done.pauses_s, default=0.0):.2f} s")
     for tally in tallies.values():
         if not tally.kills and not tally.reason:
             tally.reason = f"{options.kills} kills in all: none of this kind was drawn"
