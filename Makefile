@@ -2,7 +2,8 @@
 #
 #   make setup                     .venv in this folder, from requirements.lock; needs no root
 #   make setup TORCH=2.13.0+cpu    another build or version of torch (pip's own index settings say where from)
-#   make test ARGS="-k config -x"  arguments for pytest; likewise for serve and bench
+#   make test ARGS="-k config -x"  arguments for pytest; likewise for serve, bench, cluster-demo
+#   make cluster-demo              a cluster on this machine, two of its workers killed in mid-stream (2 minutes)
 #   make measurements              docs/measurements/README.md again from the JSON files there
 #   make lock                      write requirements.lock again from pyproject.toml
 
@@ -16,7 +17,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 STAMP := $(VENV)/.installed-torch-$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format bench measurements lock clean
+.PHONY: help setup serve test lint format bench cluster-demo measurements lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -61,6 +62,9 @@ test: setup
 
 bench: setup
 	$(VENV)/bin/foretoken bench serve $(ARGS)
+
+cluster-demo: setup
+	$(VENV)/bin/python -m loadtests.cluster_demo $(ARGS)
 
 measurements: setup
 	$(VENV)/bin/python -m loadtests.pages docs/measurements

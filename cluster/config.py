@@ -27,6 +27,11 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 from cluster.errors import ConfigError
 
 ENV_PREFIX = "FORETOKEN_"
+FORMS = {  # what the pattern of a field asks for
+    "device": "must be auto, cpu, cuda or cuda:<i>",
+    "cluster_name": "must be letters a-z, digits and -, at most 40 in all, with no - at either end",
+    "store": "must begin with redis://, rediss:// or unix://, such as redis://localhost:6379/0",
+}
 
 
 def _expand_user(value: Any) -> Any:
@@ -176,4 +181,5 @@ def _config_error(error: pydantic.ValidationError, origins: Mapping[str, str]) -
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0])
     origin = origins.get(name, "default")
-    return ConfigError(f"{name} = {first['input']!r} (from {origin}): {first['msg']}", param=name)
+    reason = FORMS[name] if first["type"] == "string_pattern_mismatch" else first["msg"]
+    return ConfigError(f"{name} = {first['input']!r} (from {origin}): {reason}", param=name)

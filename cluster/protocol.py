@@ -3,8 +3,9 @@
 The gateway opens one bidirectional gRPC stream to each worker (`STREAM_METHOD`) and sends `ToWorker`; the worker
 answers with one `Hello` and then `FromWorker`. The controller opens one (`CONTROL_METHOD`), sends `ToControlled` and
 gets `WorkerReport`s. An attention worker asks an expert worker for a tensor link (`LINK_METHOD`). Bodies are msgpack
-(msgspec), tagged by the struct's name. A peer of another `PROTOCOL_VERSION` is refused at `Hello`. Where a worker has
-a token, every call carries it: metadata `TOKEN_KEY`, value ``Bearer <token>``.
+(msgspec), tagged by the struct's name. Every call says what its caller speaks (metadata `VERSION_KEY`): a worker of
+another `PROTOCOL_VERSION` refuses it, and a gateway refuses the `Hello` of one. Where a worker has a token, every call
+carries it: metadata `TOKEN_KEY`, value ``Bearer <token>``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,15 @@ STATE_METHOD = f"/{SERVICE}/State"  # empty -> EngineState
 CONTROL_METHOD = f"/{SERVICE}/Control"  # ToControlled stream -> WorkerReport stream
 LINK_METHOD = f"/{SERVICE}/OpenLink"  # OpenLink -> LinkOffer
 TOKEN_KEY = "authorization"
+VERSION_KEY = "foretoken-protocol"  # the caller's `PROTOCOL_VERSION`, in decimal
+# gRPC's options of both ends of a connection: of a machine that vanished without a word, each learns within 15 s.
+KEEPALIVE = (
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),  # no limit
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # a server hangs up on who pings more often
+)
 
 Role = Literal["all", "attention", "expert"]  # all: attention with every expert beside it
 
@@ -241,6 +251,9 @@ class EngineState(Message, frozen=True):
     forward_s: float = 0.0  # counter: seconds inside the model
     step_s: float = 0.0  # counter: seconds inside `Engine.step`
     sequence_steps: int = 0  # counter: sequences of all steps
+    expert_calls: int = 0  # counter: an expert worker's calls from attention workers
+    expert_rows: int = 0  # counter: (token, choice) rows that it computed
+    expert_s: float = 0.0  # counter: seconds in which it computed them
 
 
 # ---------------------------------------------------------------------------------------------- controller <-> worker

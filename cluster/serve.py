@@ -193,6 +193,7 @@ def announce(hello: Hello, url: str, settings: Settings, start_s: float) -> None
         "context": f"{hello.max_model_len} tokens",
         "engine": f"numerics {hello.numerics}, at most {settings.max_num_seqs} sequences at once",
         "KV cache": f"{hello.num_pages} pages of {hello.page_size} positions",
+        "page": f"{url}/ shows what runs where, live",
     }
     curl = curl_line(url, hello.served_name)
     if settings.log_format == "json" or not sys.stdout.isatty():

@@ -19,6 +19,7 @@ from loadtests.processes import BenchError, Child, Server, environment, free_por
 
 POLL_S = 0.1
 NUM_NODES = 3
+END_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ class LocalCluster:
 
     def problem(self) -> str:
         """What is missing of the whole; "": nothing."""
-        names = {"controller", "gateway", "redis", *(f"ray-{i}" for i in range(self.settings.local or 0))}
+        names = {"controller", "gateway", *(f"ray-{i}" for i in range(self.settings.local or 0))}
+        if self.settings.store is None:
+            names.add("redis")
         if missing := names - self.state().children.keys():
             return f"{', '.join(sorted(missing))} not running"
         status = self.status()
@@ -114,6 +117,17 @@ def local_cluster(
         cluster = LocalCluster(Server(base_url, served_model(base_url)), supervisor, settings)
         cluster.wait_until_whole(start_timeout_s)
         yield cluster
+        supervisor.terminate()
+        wait_ended(settings)
+
+
+def wait_ended(settings: Settings) -> None:
+    """Until the process behind `cluster up` has ended what it had started: the next measurement begins undisturbed."""
+    end = time.monotonic() + END_S
+    while Places(settings).is_held():
+        if time.monotonic() > end:
+            raise BenchError(f"the cluster {settings.cluster_name} did not end within {END_S:g} s")
+        time.sleep(POLL_S)
 
 
 def _is_ready(base_url: str) -> bool:

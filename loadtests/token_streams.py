@@ -17,7 +17,7 @@ DONE = b"[DONE]"
 
 @dataclass
 class TokenStream:
-    """The tokens of one streamed completion, and when each event came (`time.monotonic()`)."""
+    """The tokens of one streamed completion or chat, and when each event came (`time.monotonic()`)."""
 
     ids: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
@@ -40,7 +40,7 @@ async def read_stream(
     timeout_s: float,
     on_tokens: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Send a streamed completion and fill `stream` from its events. Whatever goes wrong is its `error`."""
+    """Send a streamed completion or chat and fill `stream` from its events. Whatever goes wrong is its `error`."""
     body = {**body, "stream": True, "return_token_ids": True}
     try:
         async with asyncio.timeout(timeout_s), session.post(url, json=body) as response:
@@ -70,7 +70,7 @@ def _take(stream: TokenStream, data: bytes, on_tokens: Callable[[int], None]) ->
             stream.ids += ids
             stream.times_s.append(time.monotonic())
             on_tokens(len(ids))
-        stream.text += choice.get("text") or ""
+        stream.text += choice.get("text") or choice.get("delta", {}).get("content") or ""
         stream.finish_reason = choice.get("finish_reason") or stream.finish_reason
 
 

@@ -1,4 +1,4 @@
-"""The token of a cluster: what every call to a worker must carry, and what calls to another worker carry."""
+"""Whose calls a worker takes: those with the cluster's token, of its own protocol version."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from cluster.protocol import TOKEN_KEY
+from cluster.protocol import CONTROL_METHOD, LINK_METHOD, PROTOCOL_VERSION, STREAM_METHOD, TOKEN_KEY, VERSION_KEY
+
+CALLERS = {CONTROL_METHOD: "this controller", STREAM_METHOD: "this gateway", LINK_METHOD: "the worker that asks"}
 
 
 def credentials(token: str | None) -> tuple[tuple[str, str], ...]:
     """The metadata of a call to a worker of this cluster."""
-    return () if token is None else ((TOKEN_KEY, f"Bearer {token}"),)
+    version = (VERSION_KEY, str(PROTOCOL_VERSION))
+    return (version,) if token is None else (version, (TOKEN_KEY, f"Bearer {token}"))
 
 
 class TokenCheck(grpc.aio.ServerInterceptor):
@@ -35,3 +38,26 @@ class TokenCheck(grpc.aio.ServerInterceptor):
 
 async def _refuse(_messages: object, context: Any) -> None:
     await context.abort(grpc.StatusCode.UNAUTHENTICATED, f"the call carries no valid token in {TOKEN_KEY!r}")
+
+
+class VersionCheck(grpc.aio.ServerInterceptor):
+    """Refuses a call of another protocol version as FAILED_PRECONDITION, before any of its messages is read.
+
+    A call that names no version is a tool's, and taken.
+    """
+
+    def __init__(self, name: str) -> None:
+        """`name`: this worker's, for people."""
+        self._name = name
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], call: Any) -> Any:
+        ours, theirs = str(PROTOCOL_VERSION), dict(call.invocation_metadata).get(VERSION_KEY)
+        if theirs is None or theirs == ours:
+            return await continuation(call)
+        caller = CALLERS.get(call.method, "its caller")
+        text = f"worker {self._name} speaks protocol version {ours}, {caller} {theirs}: run all from one release"
+
+        async def refuse(_messages: object, context: Any) -> None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
+
+        return grpc.stream_stream_rpc_method_handler(refuse)

@@ -209,7 +209,9 @@ def build_expert_host(launch: Launch) -> ExpertHost:
             checkpoint.path, expert_ids, device=device, dtype=dtype, limit_bytes=limit_bytes, laid_out=laid_out
         )
 
-    limit_bytes = int(free_bytes(launch, device) * WEIGHTS_SHARE)
+    # A GPU that workers share is fuller now than when they have moved their experts: they are told what fits there.
+    room = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else free_bytes(launch, device)
+    limit_bytes = int(room * WEIGHTS_SHARE)
     return ExpertHost(load, spec, find_numerics(launch, spec, device, dtype), limit_bytes)
 
 

@@ -85,7 +85,10 @@ class ExpertService:
             return not self._num_pending and not self._num_open
 
     def state(self) -> EngineState:
-        return EngineState(worker_id=self._worker_id)
+        host = self._host
+        return EngineState(
+            worker_id=self._worker_id, expert_calls=host.num_calls, expert_rows=host.num_rows, expert_s=host.computing_s
+        )
 
     async def open_link(self, body: bytes, context: Any) -> LinkOffer:
         try:

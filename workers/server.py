@@ -24,8 +24,8 @@ import grpc.aio
 import msgspec
 
 from cluster.errors import ConfigError, ForetokenError
-from cluster.protocol import SERVICE, Announcement, EngineState, Launch, WorkerReport
-from workers.auth import TokenCheck
+from cluster.protocol import KEEPALIVE, SERVICE, Announcement, EngineState, Launch, WorkerReport
+from workers.auth import TokenCheck, VersionCheck
 from workers.build import BuiltEngine, build_engine, build_expert_host
 from workers.console import loading_progress, set_up_logging
 from workers.control import ControlService
@@ -125,9 +125,12 @@ class Worker:
     def _server(self) -> grpc.aio.Server:
         """A server on our address, not started; the port is known after this."""
         launch = self._launch
+        checks: list[grpc.aio.ServerInterceptor] = [VersionCheck(launch.name or launch.role)]
+        if launch.token is not None:
+            checks.insert(0, TokenCheck(launch.token))
         server = grpc.aio.server(
-            interceptors=[TokenCheck(launch.token)] if launch.token is not None else [],
-            options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)],
+            interceptors=checks,
+            options=[("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0), *KEEPALIVE],
         )
         handlers = {
             **self._service.handlers(),

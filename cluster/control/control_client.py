@@ -12,7 +12,18 @@ import grpc
 import grpc.aio
 import msgspec
 
-from cluster.protocol import CONTROL_METHOD, TOKEN_KEY, Assign, Lead, Route, ToControlled, WorkerReport
+from cluster.protocol import (
+    CONTROL_METHOD,
+    KEEPALIVE,
+    PROTOCOL_VERSION,
+    TOKEN_KEY,
+    VERSION_KEY,
+    Assign,
+    Lead,
+    Route,
+    ToControlled,
+    WorkerReport,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +32,11 @@ CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),  # a new channel tries at once, whatever the last one met
+    *KEEPALIVE,
 )
 RECONNECT_S = 0.1
 CLOSE_RETRY_S = 0.5  # grpc can lose a cancellation that meets the end of a call
+REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION)
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(WorkerReport).decode
@@ -49,7 +62,8 @@ class ControlClient:
         on_broken: Callable[[], None],
     ) -> None:
         self.address = address
-        self._metadata = () if token is None else ((TOKEN_KEY, f"Bearer {token}"),)
+        version = (VERSION_KEY, str(PROTOCOL_VERSION))
+        self._metadata = (version,) if token is None else (version, (TOKEN_KEY, f"Bearer {token}"))
         self._lead = lead
         self._heartbeat_s = heartbeat_s
         self._answer_timeout_s = answer_timeout_s
@@ -59,6 +73,7 @@ class ControlClient:
         self._order: Assign | Route | None = None
         self._has_order = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self.refusal: str | None = None  # why the worker does not let itself be led, in its words
 
     def start(self) -> None:
         if self._task is None:
@@ -81,6 +96,8 @@ class ControlClient:
                 await self._stream()
             except (grpc.RpcError, grpc.aio.UsageError, OSError, asyncio.InvalidStateError, msgspec.MsgspecError) as e:
                 text = e.details() if isinstance(e, grpc.aio.AioRpcError) else str(e)
+                if isinstance(e, grpc.aio.AioRpcError) and e.code() in REFUSED:
+                    self.refusal = text or e.code().name
                 logger.debug("the control stream to %s: %s", self.address, text or type(e).__name__)
             except Exception:
                 logger.exception("the control stream to %s failed", self.address)
@@ -95,6 +112,7 @@ class ControlClient:
             first = await self._read(call)
             if first is None:
                 return
+            self.refusal = None
             self._on_report(first)
             if self._order is not None:
                 self._has_order.set()

@@ -152,6 +152,7 @@ class Controller:
                 await self._leadership.raise_above(self._highest_epoch)
                 deadline = time.monotonic() + self._settings.lease_s
         self._is_taking_over = False
+        self._registry.want_workers(self._roster.records)  # what is not wanted is deleted
         self._terms = replace(self._terms, first_version=self._leadership.epoch << VERSION_BITS)
         logger.info("controller %s leads, epoch %d", self.controller_id, self._leadership.epoch)
         return not stop.is_set()
@@ -302,7 +303,8 @@ class Controller:
             self._plan = self._decision.plan
             for action in self._decision.actions:
                 self._act(action)
-        self._publish(observed, self._restarts.problem() or self._launcher_problem or self._decision.problem)
+        found = self._restarts.problem() or self._launcher_problem or self._roster.refusal()
+        self._publish(observed, found or self._decision.problem)
 
     def _act(self, action: Action) -> None:
         if isinstance(action, Start):
@@ -348,11 +350,14 @@ class Controller:
 
     async def _end(self, record: WorkerRecord, *, kill: bool) -> None:
         logger.warning("%s %s, process %d", "killing" if kill else "ending", record.name, record.pid)
-        try:
-            await self._launcher.stop(record, kill=kill)
-        except UnavailableError as error:
-            logger.warning("%s was not ended: %s", record.name, error.message)
-        await asyncio.sleep(self._settings.lease_s)  # before it is done again
+        is_told = False
+        while not is_told and self._roster.get(record) is not None:
+            try:
+                await self._launcher.stop(record, kill=kill)
+                is_told = True
+            except UnavailableError as error:
+                logger.warning("%s was not ended yet: %s", record.name, error.message)
+            await asyncio.sleep(self._settings.lease_s)  # before it is done again
 
     def _forget(self, record: WorkerRecord) -> None:
         member = self._roster.get(record)

@@ -139,6 +139,11 @@ class WorkerProcess:
         return None if self._process is None or self._process.returncode is not None else self._process.pid
 
     @property
+    def is_ready(self) -> bool:
+        """The process that was started last has answered."""
+        return self._is_ready
+
+    @property
     def last_lines(self) -> str:
         """The end of what the worker printed."""
         lines = self._tail.decode("utf-8", errors="replace").replace("\r", "\n").splitlines()

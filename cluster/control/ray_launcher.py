@@ -119,7 +119,7 @@ class RayLauncher:
         self._connected = asyncio.Event()
         self._tried = asyncio.Event()  # the first bridge is connected, or could not be
         self._first_attempt_at = 0.0
-        self._why = "the bridge to Ray has not been started"
+        self._why = f"it has not answered within {CONNECT_TIMEOUT_S:g} s"
         self._ids = itertools.count(1)
         self._open: dict[int, asyncio.Future[Reply]] = {}
 

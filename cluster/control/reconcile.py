@@ -35,11 +35,12 @@ from cluster.control.plan import (
     is_live,
     placement_of,
 )
+from cluster.control.topology import LOAD_SHARE, MEMORY_SHARE
 from cluster.errors import PlacementError
 from cluster.protocol import Assign, Peer, Route, WorkerRecord, WorkerReport
 
 RETRY_S = 2.0  # before an assignment or a route that failed is sent again
-SPARE_EXPERTS = 1  # that a full device may hold beside what fits, so that full workers can exchange
+SPARE_EXPERTS = 1  # that a full device may hold beside what fits, so that full workers can exchange, if they take it
 
 
 def reconcile(terms: Terms, seen: Observed, plan: Plan) -> Decision:
@@ -231,16 +232,23 @@ class _Step:
 
     def _capacity(self, place: tuple[str, str]) -> int:
         """Experts that fit there beside the attention workers."""
+        memory_bytes = self._memory_bytes(place)
+        if self.seen.starts_workers:
+            attention = [w for w in self.placed.values() if w.role == "attention" and w.place == place]
+            memory_bytes -= sum(w.memory_bytes for w in attention)
+        return max(0, memory_bytes) // self.terms.demand.expert_bytes
+
+    def _memory_bytes(self, place: tuple[str, str]) -> int:
         if not self.seen.starts_workers:
-            return self.seen.workers[place[1]].record.memory_bytes // self.terms.demand.expert_bytes
-        memory_bytes = sum(
-            device.memory_bytes
-            for node in self.seen.topology.nodes
-            for device in node.devices
-            if (node.id, device.id) == place
-        )
-        attention = [w for w in self.placed.values() if w.role == "attention" and w.place == place]
-        return max(0, memory_bytes - sum(w.memory_bytes for w in attention)) // self.terms.demand.expert_bytes
+            return self.seen.workers[place[1]].record.memory_bytes
+        devices = ((node.id, device) for node in self.seen.topology.nodes for device in node.devices)
+        return sum(device.memory_bytes for node_id, device in devices if (node_id, device.id) == place)
+
+    def _takes_spare(self, worker_id: str) -> bool:
+        """Whether the worker itself takes more than fits: it counts all that it holds and loads."""
+        most_bytes = int(self._memory_bytes(self._place(self.experts[worker_id].record)) / MEMORY_SHARE) * LOAD_SHARE
+        num_experts = len(self.held[worker_id] | self._promised(worker_id)) + SPARE_EXPERTS
+        return num_experts * self.terms.demand.expert_bytes <= int(most_bytes)
 
     # --------------------------------------------------------------------------------------------------------- routes
 
@@ -342,7 +350,7 @@ class _Step:
             new = sorted(target - base, key=lambda expert: (bool(self.holders[expert]), expert))
             place = self._place(worker.record)
             num_new = max(0, min(len(new), room[place]))
-            if not num_new and room[place] <= 0 and not self._is_loading(worker_id):
+            if not num_new and room[place] <= 0 and not self._is_loading(worker_id) and self._takes_spare(worker_id):
                 num_new = min(len(new), SPARE_EXPERTS)
             room[place] -= num_new
             experts = frozenset(base.union(new[:num_new]))

@@ -71,6 +71,11 @@ class Roster:
     def seen(self) -> dict[str, Seen]:
         return {name: member.seen for name, member in sorted(self._members.items())}
 
+    def refusal(self) -> str | None:
+        """Why a worker does not let itself be led: another token, or another release."""
+        found = [(name, member.client.refusal) for name, member in sorted(self._members.items())]
+        return next((text if name in text else f"{name}: {text}" for name, text in found if text), None)
+
     def add(self, record: WorkerRecord, *, is_adopted: bool) -> None:
         """Lead this worker from now on, in the place of one that had its name."""
         if (before := self._members.get(record.name)) is not None:

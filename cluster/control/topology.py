@@ -11,6 +11,7 @@ from cluster.errors import InvalidValueError
 from cluster.machine import Machine, this_machine
 
 MEMORY_SHARE = 0.8  # of what a machine has free, that workers may be given; the rest is for all else on it
+LOAD_SHARE = 0.9  # of the same, that one worker loads weights into; what would go beyond, it refuses
 
 
 @dataclass(frozen=True)

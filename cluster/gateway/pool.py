@@ -342,7 +342,7 @@ class WorkerPool:
                 member.refuses = True
                 if self._finds_another(run):
                     return
-            del self._runs[run.sample]
+            self._runs.pop(run.sample, None)  # it is gone where nobody starts a worker again
         elif run.num_prompt_left:
             member.num_tokens -= run.num_prompt_left
             run.num_prompt_left = 0

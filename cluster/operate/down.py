@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cluster.config import Settings
 from cluster.operate.leftovers import clean_up
-from cluster.operate.state_file import Places
+from cluster.operate.state_file import Places, nothing_runs
 
 NOTHING = 1  # exit code: there is no such cluster
 MARGIN_S = 60.0  # beside the drain, until a supervisor must have ended
@@ -23,7 +23,7 @@ def run(settings: Settings) -> int:
     state = places.read()
     if not places.is_held():
         if state is None:
-            print(f"no cluster called {settings.cluster_name} runs here")
+            print(nothing_runs(settings))
             return NOTHING
         with places.held():
             num_ended = clean_up(places)

@@ -29,8 +29,10 @@ def run_behind(work: Callable[[int], int]) -> int:
     result, give_result = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
+    before_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that comes now is passed on below
     middle = os.fork()
     if middle == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before_mask)
         os.setsid()
         if os.fork() != 0:
             os._exit(0)
@@ -41,6 +43,7 @@ def run_behind(work: Callable[[int], int]) -> int:
     os.close(orders)
     os.close(give_result)
     before = {number: signal.signal(number, lambda *_: _order(give_order)) for number in SIGNALS}
+    signal.pthread_sigmask(signal.SIG_SETMASK, before_mask)
     try:
         code = os.read(result, 1)
     finally:

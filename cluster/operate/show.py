@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cluster.config import Settings
 from cluster.control.placement import GIB
-from cluster.operate.state_file import SupervisorState
+from cluster.operate.state_file import Places, SupervisorState
 from cluster.protocol import ClusterStatus, WorkerStatus
 from cluster.serve import curl_line
 from cluster.store.base import Store
@@ -108,4 +108,5 @@ def announce(status: ClusterStatus, url: str, settings: Settings, logs: Path, st
     print_rows(node_rows(status), console=console)
     console.print(f"\n[dim]Logs:[/] {logs}\n\nTry:")
     console.print(curl, markup=False)
-    console.print("\n[dim]Ctrl-C ends it; running requests may finish. `foretoken cluster status` shows it.[/]\n")
+    look = f"foretoken cluster status{Places(settings).flag}"
+    console.print(f"\n[dim]Ctrl-C ends it; running requests may finish. `{look}` shows it.[/]\n")

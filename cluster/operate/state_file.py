@@ -10,6 +10,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 
@@ -18,6 +19,7 @@ from cluster.errors import ConfigError
 from cluster.protocol import Message
 
 POLL_S = 0.1
+DEFAULT_NAME = Settings.model_fields["cluster_name"].default
 SECRET_FILE, SECRET_FOLDER = 0o600, 0o700
 
 
@@ -42,6 +44,11 @@ class Places:
         self.logs = self.folder / "logs"
         self.state = self.folder / "state.json"
         self.lock = self.folder / "lock"
+
+    @property
+    def flag(self) -> str:
+        """What `status` and `down` need beside their name to find this cluster."""
+        return "" if self.name == DEFAULT_NAME else f" --cluster-name {self.name}"
 
     def read(self) -> SupervisorState | None:
         """The state that the last supervisor wrote, alive or not; None where it took it away at its end."""
@@ -74,7 +81,7 @@ class Places:
                     who = f" (process {state.pid})" if state else ""
                     raise ConfigError(
                         f"a cluster called {self.name} runs on this machine{who}: stop it with `foretoken cluster "
-                        f"down`, or choose another --cluster-name",
+                        f"down{self.flag}`, or choose another --cluster-name",
                         param="cluster_name",
                     )
                 time.sleep(POLL_S)
@@ -82,14 +89,25 @@ class Places:
 
     def is_held(self) -> bool:
         """Whether a supervisor lives."""
-        try:
-            file = os.open(self.lock, os.O_WRONLY)
-        except OSError:
-            return False
-        try:
-            return not _try_lock(file)
-        finally:
-            os.close(file)
+        return _is_held(self.lock)
+
+
+def nothing_runs(settings: Settings) -> str:
+    """That no cluster of this name runs here; which others do."""
+    folders = sorted((settings.home / "clusters").glob("*/lock"))
+    others = ", ".join(f"--cluster-name {lock.parent.name}" for lock in folders if _is_held(lock))
+    return f"no cluster called {settings.cluster_name} runs here" + (f"; these do: {others}" if others else "")
+
+
+def _is_held(lock: Path) -> bool:
+    try:
+        file = os.open(lock, os.O_WRONLY)
+    except OSError:
+        return False
+    try:
+        return not _try_lock(file)
+    finally:
+        os.close(file)
 
 
 def _try_lock(file: int) -> bool:

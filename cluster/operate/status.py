@@ -11,7 +11,7 @@ import msgspec
 from cluster.config import Settings
 from cluster.errors import StoreUnavailableError
 from cluster.operate.show import print_status, read_status, tokens_per_s
-from cluster.operate.state_file import Places, SupervisorState
+from cluster.operate.state_file import Places, SupervisorState, nothing_runs
 from cluster.protocol import ClusterStatus
 from cluster.store import open_store
 from cluster.store.base import Store
@@ -63,7 +63,7 @@ def _whole(value: Any) -> Any:
 
 
 def _nothing(settings: Settings) -> int:
-    print(f"no cluster called {settings.cluster_name} runs here; start one with `foretoken cluster up`")
+    print(f"{nothing_runs(settings)}; start one with `foretoken cluster up`")
     return NOTHING
 
 

@@ -121,6 +121,7 @@ class _Supervisor:
             stopped = asyncio.create_task(self._stop.wait())
             await asyncio.wait({begun, stopped}, return_when=asyncio.FIRST_COMPLETED)
             if not begun.done():
+                logger.info("stopping what has been started")
                 begun.cancel()
                 await asyncio.gather(begun, return_exceptions=True)
                 return 0
@@ -172,7 +173,10 @@ class _Supervisor:
             await self._find_ray()
         else:
             nodes = self._local_nodes(self._settings.local)
-        if self._settings.store is None:
+        if self._settings.store is not None:
+            await check_store(self._settings.store, self._settings.cluster_name)
+        else:
+            logger.info("starting redis-server")
             redis, self._store_url = redis_child(
                 self._folder, self._token, self._places.logs / "redis.log", self._plain_environment()
             )
@@ -180,10 +184,12 @@ class _Supervisor:
             self._add(redis)
             await self._until(lambda: is_answering(self._folder), deadline, "redis")
         gateway, controller = (self._command(name) for name in ("gateway", "controller"))
+        logger.info("starting %s", f"Ray (nodes: {len(nodes)}) and the gateway" if nodes else "the gateway")
         self._add(*nodes[:1], gateway)
         await self._until(lambda: all(map(is_started, nodes[:1])), deadline, "Ray's head")
         self._add(*nodes[1:])
         await self._until(lambda: all(map(is_started, nodes)), deadline, "Ray's nodes")
+        logger.info("starting the controller, which has the workers started")
         self._add(controller)
         store = open_store(self._store_url, namespace=self._settings.cluster_name)
         try:
@@ -303,6 +309,20 @@ class _Supervisor:
         if running:
             await end_workers(self._settings, self._places, WORKER_STOP_TIMEOUT_S)  # those that it could not reach
         await asyncio.gather(*(child.stop() for child in self._children))
+
+
+async def check_store(url: str, cluster_name: str) -> None:
+    """Raises `ConfigError` where the store that was given cannot be used now: nothing would ever serve."""
+    store = open_store(url, namespace=cluster_name)
+    try:
+        await read_status(store)
+    except StoreUnavailableError as error:
+        raise ConfigError(
+            f"{error.message} Start it or mend its url (store); without one `cluster up` starts a Redis of its own",
+            param="store",
+        ) from None
+    finally:
+        await store.close()
 
 
 def _is_serving(status: ClusterStatus) -> bool:

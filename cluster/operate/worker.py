@@ -1,7 +1,7 @@
 """`foretoken cluster worker`: one worker that the controller did not start, as a pod runs it.
 
-The worker is a child of this process, which keeps it up, and keeps its record in the store under a lease: who reads
-the record knows that this process lives.
+The worker is a child of this process, which keeps it up, ends it when it hangs, and keeps its record in the store under
+a lease: who reads the record knows that this process lives.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import socket
-import tempfile
 from pathlib import Path
 from typing import Literal, cast
 
@@ -28,6 +27,7 @@ from cluster.control.topology import MEMORY_SHARE
 from cluster.errors import ConfigError, StoreUnavailableError
 from cluster.event_loop import loop_factory
 from cluster.machine import this_machine
+from cluster.operate.pulse import end_hung
 from cluster.protocol import Announcement, Launch, WorkerRecord
 from cluster.serve import EXIT_AT_ONCE, on_signals
 from cluster.store import open_store
@@ -36,6 +36,7 @@ from cluster.store.base import Store
 logger = logging.getLogger(__name__)
 
 LEASES = 3  # a record lasts for so many of the worker's leases
+HUNG_LEASES = 5  # a worker that answers nothing for so many is killed
 LOOKS = 10  # at the worker and its record within that time
 STOP_EXTRA_S = 5.0  # for the worker to end, beside what runs
 TOKEN_VARIABLE = "FORETOKEN_TOKEN"  # the worker gets it in its launch message
@@ -57,8 +58,8 @@ def run(settings: Settings, role: str, name: str, node: str) -> int:
             "url (redis://…)",
             param="store",
         )
-    with asyncio.Runner(loop_factory=loop_factory()) as runner, tempfile.TemporaryDirectory(prefix="ft-") as folder:
-        runner.run(_serve(settings, settings.store, place, node or socket.gethostname(), Path(folder)))
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(_serve(settings, settings.store, place, node or socket.gethostname()))
     return 0
 
 
@@ -86,10 +87,10 @@ def advertised_host(settings: Settings) -> str:
     raise ConfigError("this machine's address was not found: set FORETOKEN_ADVERTISE to it", param="advertise")
 
 
-async def _serve(settings: Settings, store_url: str, place: str, node: str, folder: Path) -> None:
+async def _serve(settings: Settings, store_url: str, place: str, node: str) -> None:
     stop = asyncio.Event()
     on_signals(stop, lambda: os._exit(EXIT_AT_ONCE))
-    record, launch = await asyncio.to_thread(_prepare, settings, place, node, folder)
+    record, launch = await asyncio.to_thread(_prepare, settings, place, node)
     environment = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
     worker = WorkerProcess(
         launch,
@@ -99,6 +100,7 @@ async def _serve(settings: Settings, store_url: str, place: str, node: str, fold
     store = open_store(store_url, namespace=settings.cluster_name)
     registration = Registration(store, record, ttl_s=LEASES * settings.lease_s)
     keep_up = asyncio.create_task(_keep_up(worker))
+    pulse = asyncio.create_task(end_hung(worker, launch.token, HUNG_LEASES * settings.lease_s))
     stopped = asyncio.create_task(stop.wait())
     pause_s = LEASES * settings.lease_s / LOOKS
     try:
@@ -109,14 +111,26 @@ async def _serve(settings: Settings, store_url: str, place: str, node: str, fold
             await keep_up  # raises why there is no worker
     finally:
         stopped.cancel()
+        pulse.cancel()
         await registration.renew(None)
         await worker.stop(settings.drain_timeout_s + STOP_EXTRA_S)
-        await asyncio.gather(keep_up, return_exceptions=True)
+        await asyncio.gather(keep_up, pulse, return_exceptions=True)
         await store.close()
 
 
-def _prepare(settings: Settings, place: str, node: str, folder: Path) -> tuple[WorkerRecord, Launch]:
-    """The worker's record, but for what only the running process knows, and its options."""
+def announce_path(settings: Settings, place: str) -> Path:
+    """Where the worker of that place says that it serves: one file, whoever left it behind."""
+    return settings.home / "clusters" / settings.cluster_name / "pods" / f"{place}.json"
+
+
+def _prepare(settings: Settings, place: str, node: str) -> tuple[WorkerRecord, Launch]:
+    """The worker's record, but for what only the running process knows, and its options. Raises `ConfigError`."""
+    announcement = announce_path(settings, place)
+    try:
+        announcement.parent.mkdir(parents=True, exist_ok=True)
+        announcement.unlink(missing_ok=True)  # in a container the next process may have the same id
+    except OSError as error:
+        raise ConfigError(f"cannot write {announcement}: {error.strerror}", param="home") from error
     host, machine, model = advertised_host(settings), this_machine(), find_model(settings)
     role = cast(Literal["attention", "expert"], place.partition("-")[0])
     gpus = gpu_bytes() if settings.device != "cpu" else []
@@ -143,12 +157,11 @@ def _prepare(settings: Settings, place: str, node: str, folder: Path) -> tuple[W
             progress=False,
             machine=machine,
         ),
-        host_memory_bytes=int(machine.available_bytes * MEMORY_SHARE),
         role=role,
         name=place,
         node_id=node,
         token=settings.token.get_secret_value() if settings.token is not None else None,
-        announce_path=str(folder / "announcement.json"),
+        announce_path=str(announcement),
         tensor_host=socket.gethostbyname(host),
         heartbeat_s=settings.lease_s / LOOKS,
         peer_timeout_s=settings.peer_timeout_s,

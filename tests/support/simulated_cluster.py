@@ -13,7 +13,7 @@ from cluster.control.placement import Demand
 from cluster.control.plan import Decision, End, Forget, Observed, Plan, Seen, Send, Start, Terms
 from cluster.control.reconcile import reconcile
 from cluster.control.restarts import Restarts
-from cluster.control.topology import Device, Node, Topology
+from cluster.control.topology import LOAD_SHARE, MEMORY_SHARE, Device, Node, Topology
 from cluster.protocol import Assign, ModelShape, Route, WorkerRecord, WorkerReport
 
 STEP_S = 0.1
@@ -118,7 +118,7 @@ class SimulatedCluster:
 
     def new_controller(self, epoch: int) -> None:
         """It knows the placement from the store and the workers from their records and reports; nothing else."""
-        self.plan = Plan(placement=self.plan.placement)
+        self.plan, self.decision = Plan(placement=self.plan.placement), None
         self.terms = replace(self.terms, first_version=epoch << 24)
         self.starting.clear()
         for process in self.processes.values():
@@ -211,8 +211,16 @@ class SimulatedCluster:
                     if isinstance(order, Route):
                         process.route = order
                     else:
+                        self._check_room(process, self.terms.from_layers(order.experts))
                         process.held = self.terms.from_layers(order.experts)
                         process.assign_version = order.version
+
+    def _check_room(self, process: Process, wanted: frozenset[Expert]) -> None:
+        """A worker refuses to load more than its limit, counting what it holds; `ExpertHost` does."""
+        devices = {(n.id, d.id): d.memory_bytes for n in self.nodes.values() for d in n.devices}
+        host_memory_bytes = int(devices[process.record.node_id, process.record.device_id] / MEMORY_SHARE)
+        num_bytes = len(process.held | wanted) * self.terms.demand.expert_bytes
+        assert num_bytes <= int(host_memory_bytes * LOAD_SHARE), f"{process.record.name} would refuse what it is told"
 
     def _finish_starts(self) -> None:
         for name, (at_s, record) in list(self.starting.items()):

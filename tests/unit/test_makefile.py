@@ -98,6 +98,7 @@ def test_another_torch_is_installed_anew(checkout: Path) -> None:
         ("serve", ".venv/bin/foretoken serve"),
         ("test", ".venv/bin/python -m pytest"),
         ("lint", ".venv/bin/lint-imports"),
+        ("cluster-demo", ".venv/bin/python -m loadtests.cluster_demo"),
     ],
 )
 def test_each_command_begins_with_setup(checkout: Path, target: str, last: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,8 @@ class ExpertHost:
         self._assigning = threading.Lock()
         # The kernels' pool takes one call at a time, and torch's would have a set of threads for each caller.
         self._computing = threading.Lock()
+        self.num_calls = self.num_rows = 0  # that were computed
+        self.computing_s = 0.0
 
     @property
     def experts(self) -> ExpertIds:
@@ -92,8 +95,12 @@ class ExpertHost:
         device, dtype = layer.weights.down.device, layer.weights.down.dtype
         rows, places = call.rows.to(device, dtype), places.to(device)
         with self._computing:
-            output = expert_rows(layer.weights, rows, places, self._numerics)
-        return output.to(call.rows.dtype), OK
+            started = time.perf_counter()
+            output = expert_rows(layer.weights, rows, places, self._numerics).to("cpu", call.rows.dtype)
+            self.computing_s += time.perf_counter() - started
+            self.num_rows += rows.shape[0]
+            self.num_calls += 1
+        return output, OK
 
     def _layer(self, index: int, ids: tuple[int, ...], weights: ExpertWeights | None) -> _Layer:
         places = torch.full((self._num_experts[index],), -1, dtype=torch.int64)

@@ -2,25 +2,53 @@
 
 const PERIOD_MS = 1000;
 const TIMEOUT_MS = 5000;
-const HISTORY = 120; // seconds on the chart
+const HISTORY_S = 120; // on the chart
+const WINDOW_S = 3; // a rate is over so long: workers report at moments of their own, so shorter ones jump
+const GAP_S = 5; // statuses further apart say nothing about the time between them
+const MAX_MAP_HEIGHT = 240; // px
 const SVG = "http://www.w3.org/2000/svg";
+const NONE = "–";
 
 const byId = (id) => document.getElementById(id);
 
+// --------------------------------------------------------------------------------------------------------------- DOM
+
 /** An element with its text or children; `attributes` are set as they are, so no text is ever taken for markup. */
 function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
+  return filled(document.createElement(tag), attributes, children);
+}
+
+function drawn(tag, attributes, ...children) {
+  return filled(document.createElementNS(SVG, tag), attributes, children);
+}
+
+function filled(made, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   made.append(...children);
   return made;
 }
 
-/** Show `children` under `parent`, unless they are what it shows already: a reader's place is not disturbed. */
+/** Show `children` under `parent` by changing only what differs, so that a reader's place and selection stay. */
 function show(parent, children) {
-  const next = document.createElement(parent.tagName);
-  next.append(...children);
-  if (next.innerHTML !== parent.innerHTML) parent.replaceChildren(...next.childNodes);
+  const before = [...parent.childNodes];
+  children.forEach((child, i) => (before[i] ? update(before[i], child) : parent.append(child)));
+  for (const extra of before.slice(children.length)) extra.remove();
 }
+
+function update(node, wanted) {
+  if (node.nodeName !== wanted.nodeName) return node.replaceWith(wanted);
+  if (node.nodeType === Node.TEXT_NODE) {
+    if (node.data !== wanted.data) node.data = wanted.data;
+    return;
+  }
+  for (const name of node.getAttributeNames()) if (!wanted.hasAttribute(name)) node.removeAttribute(name);
+  for (const { name, value } of wanted.attributes) {
+    if (node.getAttribute(name) !== value) node.setAttribute(name, value);
+  }
+  show(node, [...wanted.childNodes]);
+}
+
+// -------------------------------------------------------------------------------------------------------------- words
 
 function bytes(number) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -30,176 +58,332 @@ function bytes(number) {
 
 const count = (number) => number.toLocaleString("en", { maximumFractionDigits: 0 });
 const plural = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
-const rate = (value) => (value === undefined ? "–" : value.toLocaleString("en", { maximumFractionDigits: 1 }));
 
-// ------------------------------------------------------------------------------------------------------------- rates
+/** Always with the same number of digits behind the point, so that the text does not jump. */
+function rate(value) {
+  if (value === undefined) return NONE;
+  const digits = value >= 100 || value === 0 ? 0 : 1;
+  return value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+}
 
-let last = null; // the status before: when, and tokens by process
+/** An age that is read out less often the longer it gets. */
+function age(seconds) {
+  if (seconds < 60) return `${seconds < 10 ? Math.floor(seconds) : 10 * Math.floor(seconds / 10)} s`;
+  if (seconds < 3600) return plural(Math.floor(seconds / 60), "minute");
+  return plural(Math.floor(seconds / 3600), "hour");
+}
+
+/** "cuda:0", "cuda:1" and "cpu" as "2 × cuda, cpu". */
+function devices(names) {
+  const kinds = new Map();
+  for (const name of names) kinds.set(name.split(":")[0], (kinds.get(name.split(":")[0]) ?? 0) + 1);
+  return [...kinds].map(([kind, number]) => (number > 1 ? `${number} × ${kind}` : kind)).join(", ");
+}
+
+// -------------------------------------------------------------------------------------------------------------- rates
+
+let samples = []; // the statuses of the last WINDOW_S: when, and tokens by process
 let rates = new Map(); // tokens a second by worker's name
-const history = []; // [time in s, tokens a second]
+let history = []; // [time in s, tokens a second]
 
 function measure(status) {
-  if (status.at_s === null || (last !== null && status.at_s <= last.at_s)) return;
-  const tokens = new Map(status.workers.map((worker) => [worker.worker_id, worker.generated_tokens]));
-  if (last !== null) {
-    const seconds = status.at_s - last.at_s;
+  if (status.at_s === null || status.is_stale) {
     rates = new Map();
-    for (const worker of status.workers) {
-      const before = last.tokens.get(worker.worker_id);
-      if (worker.worker_id && before !== undefined && worker.generated_tokens >= before) {
-        rates.set(worker.name, (worker.generated_tokens - before) / seconds);
-      }
-    }
-    history.push([status.at_s, total()]);
-    while (history.length && history[0][0] < status.at_s - HISTORY) history.shift();
+    return;
   }
-  last = { at_s: status.at_s, tokens };
+  const latest = samples.at(-1);
+  if (latest?.at_s === status.at_s) return;
+  if (latest && latest.at_s > status.at_s) [samples, history] = [[], []]; // another clock
+  const isAfterGap = latest !== undefined && status.at_s > latest.at_s + GAP_S; // its counters may be older
+  const serving = isAfterGap ? [] : status.workers.filter((worker) => worker.worker_id && isServing(worker));
+  samples = samples.filter((sample, i) => i === samples.length - 1 || sample.at_s >= status.at_s - WINDOW_S);
+  rates = new Map();
+  for (const worker of serving) {
+    const first = samples.find((sample) => sample.tokens.has(worker.worker_id));
+    if (first === undefined) continue;
+    const tokens = worker.generated_tokens - first.tokens.get(worker.worker_id);
+    rates.set(worker.name, Math.max(0, tokens) / (status.at_s - first.at_s));
+  }
+  const tokens = new Map(serving.map((worker) => [worker.worker_id, worker.generated_tokens]));
+  samples.push({ at_s: status.at_s, tokens });
+  if (rates.size) history.push([status.at_s, total()]);
+  history = history.filter(([at_s]) => at_s >= status.at_s - HISTORY_S);
 }
 
+const isServing = (worker) => worker.condition === "serving";
 const total = () => [...rates.values()].reduce((sum, value) => sum + value, 0);
 
+/** The next of 10, 20, 50, 100, …: an axis that seldom changes. */
+function roundedUp(value) {
+  const power = 10 ** Math.floor(Math.log10(Math.max(10, value)));
+  return [1, 2, 5, 10].map((step) => step * power).find((top) => top >= value);
+}
+
 function drawChart() {
-  if (history.length < 2) return;
-  const end = history[history.length - 1][0];
-  const top = Math.max(1, ...history.map(([, value]) => value)) * 1.1;
-  const points = history.map(([at, value]) => `${(HISTORY - (end - at)).toFixed(2)} ${(40 - (40 * value) / top).toFixed(2)}`);
-  const first = (HISTORY - (end - history[0][0])).toFixed(2);
-  byId("line").setAttribute("d", `M${points.join("L")}`);
-  byId("area").setAttribute("d", `M${points.join("L")}L${HISTORY} 40L${first} 40Z`);
-  const highest = rate(Math.max(...history.map(([, value]) => value)));
-  byId("chart").setAttribute("aria-label", `Tokens a second: now ${rate(total())}, at most ${highest}`);
-  byId("chart-caption").textContent = `Tokens a second, over the last two minutes; at most ${highest}`;
+  if (!history.length) return;
+  const end = history.at(-1)[0];
+  const highest = Math.max(...history.map(([, value]) => value));
+  const top = roundedUp(highest);
+  const pieces = []; // lines without a gap
+  for (const [i, [at_s, value]] of history.entries()) {
+    if (i === 0 || at_s - history[i - 1][0] > GAP_S) pieces.push([]);
+    pieces.at(-1).push([(HISTORY_S - (end - at_s)).toFixed(2), (39 - (38 * value) / top).toFixed(2)]);
+  }
+  const lines = pieces.map((piece) => `M${piece.map((point) => point.join(" ")).join("L")}`);
+  const areas = pieces.map((piece, i) => `${lines[i]}V40H${piece[0][0]}Z`);
+  byId("line").setAttribute("d", lines.join(""));
+  byId("area").setAttribute("d", areas.join(""));
+  byId("chart").setAttribute("aria-label", `Now ${rate(total())}, at most ${rate(highest)} in the last two minutes`);
+  byId("chart-top").textContent = count(top);
 }
 
-// ------------------------------------------------------------------------------------------------------------- parts
+// -------------------------------------------------------------------------------------------------------------- parts
 
-function tile(name, value) {
-  return element("div", {}, element("dt", {}, name), element("dd", {}, value));
+const runs = (worker) => worker.role !== "expert";
+const ROLES = { all: "all in one", attention: "attention", expert: "expert" };
+
+function condition(worker) {
+  return element("span", { class: `condition ${worker.condition}` }, worker.condition);
 }
 
-function nodeCard(node) {
-  const facts = [node.memory_bytes ? `${bytes(node.memory_bytes)} of memory` : "", ...node.devices].filter(Boolean);
-  const state = node.is_alive ? [] : [" ", element("span", { class: "bad" }, "lost")];
+/** A number with its name; `all`: what it is a part of, and bad to be less than. */
+function tile(name, value, all) {
+  const part = all === undefined ? [value] : [count(value), " ", element("small", {}, `of ${count(all)}`)];
+  return element("div", {}, element("dt", {}, name), element("dd", value < all ? { class: "bad" } : {}, ...part));
+}
+
+/** What a worker does now, in a few words. */
+function work(worker, status) {
+  if (!isServing(worker)) return "";
+  if (!runs(worker)) return `holds ${worker.num_experts ? plural(worker.num_experts, "expert") : "no expert yet"}`;
+  const waiting = worker.num_waiting ? `, ${count(worker.num_waiting)} waiting` : "";
+  const tokens = status.is_stale ? "" : `${rate(rates.get(worker.name))} tokens/s, `;
+  return `${tokens}${count(worker.num_running)} running${waiting}`;
+}
+
+function nodeCard(node, status) {
+  const memory = node.memory_bytes ? `${bytes(node.memory_bytes)} of memory` : "";
+  const facts = [memory, devices(node.devices)].filter(Boolean);
+  const lost = node.is_alive ? [] : [" ", element("span", { class: "condition lost" }, "lost")];
+  const workers = status.workers.filter((worker) => worker.node_id === node.node_id);
   return element(
     "li",
     {},
-    element("h3", {}, node.node_id, ...state),
-    element("p", { class: "dim" }, facts.join(", ")),
-    element("p", { class: "dim" }, node.workers.length ? `Runs ${node.workers.join(", ")}` : "Runs no worker"),
+    element("h3", {}, node.node_id, ...lost),
+    element("p", { class: "dim" }, facts.join(" · ") || (node.is_alive ? "" : "It has left the cluster.")),
+    element(
+      "ul",
+      { class: "runs" },
+      ...workers.map((worker) =>
+        element(
+          "li",
+          {},
+          element("strong", {}, worker.name),
+          " ",
+          condition(worker),
+          element("span", { class: "dim work" }, work(worker, status)),
+        ),
+      ),
+    ),
+    ...(workers.length ? [] : [element("p", { class: "dim" }, "No worker runs here.")]),
   );
 }
 
-const ROLES = { all: "all in one", attention: "attention", expert: "expert" };
-
 function pages(worker) {
-  if (!worker.pages_total) return ["–"];
+  if (!worker.pages_total) return [NONE];
   const used = worker.pages_total - worker.pages_free;
-  const bar = { value: String(used), max: String(worker.pages_total), "aria-label": `KV pages in use on ${worker.name}` };
+  const bar = { value: String(used), max: String(worker.pages_total), "aria-hidden": "true" }; // the text says it
   return [element("progress", bar), `${count(used)} of ${count(worker.pages_total)}`];
 }
 
+function cell(label, kind, ...children) {
+  const absent = children[0] === NONE ? " none" : "";
+  return element("td", { role: "cell", class: kind + absent, "data-label": label }, ...children);
+}
+
 function workerRow(worker) {
-  const runs = worker.role !== "expert";
-  const condition = worker.condition === "lost" ? { class: "bad" } : {};
+  const isRunning = runs(worker) && isServing(worker);
+  const experts = worker.num_experts ? count(worker.num_experts) : worker.role === "all" ? "all" : NONE;
   return element(
     "tr",
-    {},
-    element("th", { scope: "row" }, worker.name),
-    element("td", {}, ROLES[worker.role] ?? worker.role),
-    element("td", {}, worker.node_id),
-    element("td", condition, worker.condition),
-    element("td", { class: "number" }, runs ? count(worker.num_running) : "–"),
-    element("td", { class: "number" }, runs ? count(worker.num_waiting) : "–"),
-    element("td", {}, ...pages(worker)),
-    element("td", { class: "number" }, runs ? rate(rates.get(worker.name)) : "–"),
+    { role: "row" },
+    element("th", { role: "rowheader", scope: "row", class: "name" }, worker.name),
+    cell("Role", "", ROLES[worker.role] ?? worker.role),
+    cell("Node", "name", worker.node_id),
+    cell("Condition", "", condition(worker)),
+    cell("Experts", "number", experts),
+    cell("Running", "number", isRunning ? count(worker.num_running) : NONE),
+    cell("Waiting", "number", isRunning ? count(worker.num_waiting) : NONE),
+    cell("KV pages in use", "pages", ...(isRunning ? pages(worker) : [NONE])),
+    cell("Tokens/s", "number", isRunning ? rate(rates.get(worker.name)) : NONE),
   );
 }
 
-/** Neighbouring experts as one bar: [first, length]. */
-function ranges(experts) {
+function workersNote(workers) {
+  if (workers.every((worker) => worker.role === "all")) {
+    return "An all-in-one worker runs requests and holds every expert.";
+  }
+  return (
+    "Attention workers run the requests and keep their KV cache. At each layer they call the expert workers, " +
+    "which hold the experts."
+  );
+}
+
+// ------------------------------------------------------------------------------------------------------------- shards
+
+/** Neighbouring numbers as one range: [first, length]. */
+function ranges(numbers) {
   const found = [];
-  for (const expert of experts) {
-    const end = found[found.length - 1];
-    if (end && end[0] + end[1] === expert) end[1] += 1;
-    else found.push([expert, 1]);
+  for (const number of numbers) {
+    const end = found.at(-1);
+    if (end && end[0] + end[1] === number) end[1] += 1;
+    else found.push([number, 1]);
   }
   return found;
 }
 
-function shardCard(worker, numExperts) {
-  const held = worker.shards.flatMap((experts, layer) => ranges(experts).map(([first, length]) => [layer, first, length]));
-  const grid = document.createElementNS(SVG, "svg");
-  const path = document.createElementNS(SVG, "path");
-  const layers = worker.shards.map((experts, layer) => [layer, experts.length]).filter(([, number]) => number);
-  grid.setAttribute("class", "grid");
-  grid.setAttribute("viewBox", `0 0 ${numExperts} ${worker.shards.length}`);
-  grid.setAttribute("preserveAspectRatio", "none");
-  grid.setAttribute("height", String(Math.min(320, Math.max(24, worker.shards.length * 8))));
-  grid.setAttribute("role", "img");
-  grid.setAttribute(
-    "aria-label",
-    `Experts of ${worker.name}: ${layers.map(([layer, number]) => `${number} of layer ${layer}`).join(", ") || "none"}`,
+/** "32 in each of the layers 0 to 7, 16 in layer 9" */
+function inWords(shards) {
+  const layers = new Map(); // number of experts -> layers with so many
+  shards.forEach((experts, layer) => {
+    if (experts.length) layers.set(experts.length, [...(layers.get(experts.length) ?? []), layer]);
+  });
+  const parts = [...layers].flatMap(([number, those]) =>
+    ranges(those).map(([first, length]) =>
+      length === 1
+        ? `${number} in layer ${first}`
+        : `${number} in each of the layers ${first} to ${first + length - 1}`,
+    ),
   );
-  path.setAttribute("d", held.map(([layer, first, length]) => `M${first} ${layer}h${length}v1h-${length}z`).join(""));
-  grid.append(path);
-  const text = `${plural(worker.num_experts, "expert")} in ${plural(layers.length, "layer")}`;
-  return element("li", {}, element("h3", {}, worker.name), element("p", { class: "dim" }, text), grid);
+  return parts.join(", ") || "none yet";
 }
 
-// -------------------------------------------------------------------------------------------------------------- page
+function axis(kind, ...ends) {
+  return element("div", { class: kind, "aria-hidden": "true" }, ...ends.map((end) => element("span", {}, end)));
+}
+
+function shardCard(worker, status, numHeld) {
+  const [numLayers, numExperts] = [worker.shards.length, Math.max(1, status.num_experts)];
+  const cells = worker.shards.flatMap((experts, layer) =>
+    ranges(experts).map(([first, length]) => `M${first} ${layer}h${length}v1h-${length}z`),
+  );
+  const map = drawn(
+    "svg",
+    {
+      class: "map",
+      viewBox: `0 0 ${numExperts} ${numLayers}`,
+      preserveAspectRatio: "none",
+      height: String(Math.min(MAX_MAP_HEIGHT, Math.max(24, numLayers * 8))),
+      role: "img",
+      "aria-label": `Experts of ${worker.name}: ${inWords(worker.shards)}`,
+    },
+    drawn("path", { d: cells.join("") }),
+  );
+  const text = `${count(worker.num_experts)} of ${count(numHeld)} experts, on ${worker.node_id}`;
+  return element(
+    "li",
+    { class: isServing(worker) ? "" : "away" },
+    element("h3", {}, worker.name, " ", condition(worker)),
+    element("p", { class: "dim" }, isServing(worker) ? text : `held ${text}`),
+    element(
+      "div",
+      { class: "plot" },
+      map,
+      axis("upright", "layer 0", count(numLayers - 1)),
+      axis("across", "expert 0", count(numExperts - 1)),
+    ),
+  );
+}
+
+let expertLayers = new Set(); // where experts have been seen: a model may have layers without
+
+/** How many of all experts have a holder that serves: [held, all]; null where workers hold everything by themselves. */
+function coverage(status) {
+  if (!status.num_experts || !status.workers.some((worker) => worker.role !== "all")) return null;
+  const held = new Set();
+  for (const worker of status.workers) {
+    worker.shards.forEach((experts, layer) => {
+      if (experts.length) expertLayers.add(layer);
+      if (isServing(worker)) for (const expert of experts) held.add(layer * status.num_experts + expert);
+    });
+  }
+  return [held.size, (expertLayers.size || status.num_layers) * status.num_experts];
+}
+
+function shardsNote(status, experts) {
+  if (experts === null) return `Every worker holds all ${count(status.num_experts)} experts of each layer.`;
+  const [held, all] = experts;
+  if (!held) return "No worker holds an expert yet.";
+  const lacking = held < all ? `; ${count(all - held)} are on no live worker, and requests wait until they are` : "";
+  const layers = all / status.num_experts;
+  return (
+    `${plural(layers, "layer")} of ${plural(status.num_experts, "expert")} make ${count(all)}${lacking}. ` +
+    "In the maps a row is a layer, a column an expert; what is filled, the worker holds."
+  );
+}
+
+// --------------------------------------------------------------------------------------------------------------- page
 
 function warnings(status) {
   const found = [];
-  if (status.problem) found.push(status.problem);
+  if (status.problem) found.push(status.problem[0].toUpperCase() + status.problem.slice(1));
   if (status.is_stale) {
-    const age = status.age_s < 10 ? Math.floor(status.age_s) : 10 * Math.floor(status.age_s / 10); // read out less often
-    found.push(`The cluster's status is ${count(age)} s old: what follows may be over.`);
+    found.push(
+      `The cluster's status is ${age(status.age_s)} old: its controller is silent. What follows is the last that is ` +
+        "known and may be over. Workers serve on without the controller for a while.",
+    );
   }
   if (status.gateway.is_draining) found.push("This gateway is shutting down and takes no new requests.");
   return found;
 }
 
-function showWarnings(texts) {
+function showWarnings(texts, isOld) {
   show(byId("warnings"), texts.map((text) => element("p", { class: "warning" }, text)));
+  byId("main").classList.toggle("old", isOld);
+}
+
+const sum = (workers, field) => workers.reduce((number, worker) => number + worker[field], 0);
+
+function numberTiles(status, experts) {
+  const serving = status.workers.filter(isServing);
+  return [
+    tile("Tokens a second", rates.size ? rate(total()) : NONE),
+    tile("Sequences running", count(sum(serving, "num_running"))),
+    tile("Sequences waiting", count(sum(serving, "num_waiting"))),
+    tile("Workers serving", serving.length, status.workers.length),
+    ...(experts ? [tile("Experts held", ...experts)] : []),
+    tile("Open requests", count(status.gateway.open_requests)),
+    tile("Resumed after a loss", count(status.gateway.requests_resumed)),
+  ];
 }
 
 function render(status) {
   measure(status);
-  const name = status.cluster ? `cluster ${status.cluster}` : "one worker";
-  const epoch = status.epoch === null ? "" : `, epoch ${status.epoch}`;
-  byId("subtitle").textContent = `${status.model} on ${name}${epoch}`;
+  const experts = coverage(status);
+  const place = status.cluster ? `the cluster ${status.cluster}` : "one worker";
+  byId("subtitle").textContent = `${status.model} on ${place}`;
+  byId("epoch").textContent = status.epoch === null ? "" : `The controller's epoch is ${status.epoch}.`;
   document.title = `${status.model} · Foretoken`;
-  showWarnings(warnings(status));
-
-  const running = status.workers.reduce((sum, worker) => sum + worker.num_running, 0);
-  const waiting = status.workers.reduce((sum, worker) => sum + worker.num_waiting, 0);
-  const serving = status.workers.filter((worker) => worker.condition === "serving").length;
-  show(byId("numbers"), [
-    tile("Tokens a second", rates.size ? rate(total()) : "–"),
-    tile("Sequences running", count(running)),
-    tile("Sequences waiting", count(waiting)),
-    tile("Workers serving", `${count(serving)} of ${count(status.workers.length)}`),
-    tile("Open requests here", count(status.gateway.open_requests)),
-    tile("Resumed after a loss", count(status.gateway.requests_resumed)),
-  ]);
+  showWarnings(warnings(status), status.is_stale);
+  byId("main").hidden = false;
+  show(byId("numbers"), numberTiles(status, experts));
   drawChart();
+  byId("chart-end").textContent = status.is_stale ? `${age(status.age_s)} ago` : "now";
 
-  show(byId("nodes"), status.nodes.map(nodeCard));
+  show(byId("nodes"), status.nodes.map((node) => nodeCard(node, status)));
   byId("no-nodes").hidden = status.nodes.length > 0;
   show(byId("workers"), status.workers.map(workerRow));
-  byId("workers-scroll").hidden = status.workers.length === 0;
+  byId("workers-note").textContent = status.workers.length ? workersNote(status.workers) : "";
   byId("no-workers").hidden = status.workers.length > 0;
+  const scroll = byId("workers-scroll");
+  scroll.hidden = status.workers.length === 0;
+  if (scroll.scrollWidth > scroll.clientWidth) scroll.tabIndex = 0;
+  else scroll.removeAttribute("tabindex");
 
-  const holders = status.workers.filter((worker) => worker.shards.length);
-  byId("shards-section").hidden = status.num_experts === 0 && holders.length === 0;
-  byId("shards-note").textContent = holders.length
-    ? "A row is a layer, a column an expert; a filled cell is held by the worker."
-    : `Every worker holds all ${count(status.num_experts)} experts of each layer.`;
-  if (!holders.length && status.workers.some((worker) => worker.role !== "all")) {
-    byId("shards-note").textContent = "No worker holds an expert yet.";
-  }
-  const width = Math.max(1, status.num_experts);
-  show(byId("shards"), holders.map((worker) => shardCard(worker, width)));
+  const holders = status.workers.filter((worker) => worker.num_experts > 0);
+  byId("shards-section").hidden = status.num_experts === 0;
+  byId("shards-note").textContent = shardsNote(status, experts);
+  show(byId("shards"), holders.map((worker) => shardCard(worker, status, experts ? experts[1] : worker.num_experts)));
 }
 
 async function poll() {
@@ -209,7 +393,7 @@ async function poll() {
     render(await response.json());
   } catch (error) {
     console.warn("the gateway does not answer", error);
-    showWarnings(["The gateway does not answer. What is shown is the last that it told."]);
+    showWarnings(["The gateway does not answer. What is shown is the last that it told."], true);
   }
   setTimeout(nextPoll, PERIOD_MS);
 }

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from pydantic import ValidationError
 
-from cluster.config import Settings, flag_name, load
+from cluster.config import FORMS, Settings, flag_name, load
 from cluster.errors import ConfigError
 from cluster.protocol import Launch
 
@@ -68,6 +68,25 @@ def test_bad_value_names_key_value_and_origin(name: str, value: object) -> None:
     assert caught.value.param == name
     assert repr(value) in caught.value.message
     assert f"from {flag_name(name)}" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "form"),
+    [
+        ("store", "localhost:6379", "must begin with redis://"),
+        ("cluster_name", "My_cluster", "must be letters a-z, digits and -"),
+        ("device", "gpu", "must be auto, cpu, cuda or cuda:<i>"),
+    ],
+)
+def test_a_value_of_another_form_is_told_the_form_in_words(name: str, value: str, form: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load({name: value})
+    assert form in caught.value.message
+
+
+def test_every_pattern_has_words() -> None:
+    fields = Settings.model_fields.items()
+    assert set(FORMS) == {name for name, field in fields if any(getattr(m, "pattern", None) for m in field.metadata)}
 
 
 def test_a_flag_is_the_settings_name_without_its_unit() -> None:

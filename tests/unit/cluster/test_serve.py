@@ -339,6 +339,7 @@ def test_the_summary_off_a_terminal_is_log_lines(caplog: pytest.LogCaptureFixtur
         announce(hello, "http://127.0.0.1:1", load(), 3.21)
     text = "\n".join(caplog.messages)
     assert "m: qwen3_moe, 11.6 M parameters, 8 layers, 64 experts a layer" in text
+    assert "page: http://127.0.0.1:1/ shows" in text
     assert "ready on http://127.0.0.1:1 after 3.2 s; try: curl -sN http://127.0.0.1:1/v1/chat/completions" in text
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 import msgspec
 import pytest
 
+from cluster.control.balance import Expert
 from cluster.control.plan import End, Forget, Send, Start
 from cluster.protocol import Assign, Route
 from tests.support.simulated_cluster import DEMAND, NUM_EXPERTS, SHAPE, STEP_S, TERMS, SimulatedCluster, node
@@ -173,6 +174,49 @@ def test_full_workers_exchange_experts_a_few_at_a_time() -> None:
     assert f"{num_each} of {NUM_EXPERTS} experts have no room" in str(decision.problem)
     _converged(cluster)
     assert _num_held(cluster) == [num_each, num_each]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize("expert_bytes", [1, 33])
+@pytest.mark.parametrize("extra", [0, 1, 5, NUM_EXPERTS])
+def test_what_is_assigned_never_exceeds_what_a_worker_loads(num_workers: int, expert_bytes: int, extra: int) -> None:
+    """Devices full to the brim, or with room for a few experts more; then all workers but one are lost.
+
+    The simulated cluster checks each assignment as the worker itself does.
+    """
+    alone = 100_000  # an attention worker finds room on a node of its own only
+    demand = replace(DEMAND, expert_bytes=expert_bytes, num_expert_workers=num_workers, attention_bytes=alone)
+    shape = msgspec.structs.replace(SHAPE, expert_bytes=expert_bytes)
+    num_each = -(-NUM_EXPERTS // num_workers) + extra
+    rooms = [num_each * expert_bytes] * num_workers
+    nodes = [node(f"a{i}", alone + 20) for i in range(2)] + [node(f"e{i}", room) for i, room in enumerate(rooms)]
+    cluster = SimulatedCluster(extra, nodes, replace(TERMS, demand=demand, shape=shape))
+    _converged(cluster)
+    for survivor in sorted(process.record.name for process in cluster.experts()):
+        for process in cluster.experts():
+            if process.record.name != survivor:
+                cluster.kill(process.record.name)
+        _converged(cluster)
+    assert sum(_num_held(cluster)) == NUM_EXPERTS
+
+
+@pytest.mark.parametrize(("num_workers", "exchange"), [(2, True), (3, False)])
+def test_full_workers_take_one_more_only_where_that_is_within_their_limit(num_workers: int, exchange: bool) -> None:
+    """Each holds whole layers, which is as unbalanced as can be; a ninth more may be loaded than what fits."""
+    num_each = NUM_EXPERTS // num_workers
+    demand = replace(DEMAND, num_expert_workers=num_workers, attention_bytes=1000)
+    nodes = [node(f"a{i}", 1020) for i in range(2)] + [node(f"e{i}", num_each * 10) for i in range(num_workers)]
+    cluster = SimulatedCluster(0, nodes, replace(TERMS, demand=demand))
+    _converged(cluster)
+    in_order = [Expert(row, i) for row in range(len(SHAPE.moe_layers)) for i in range(SHAPE.num_experts)]
+    for k, process in enumerate(cluster.experts()):
+        process.held = frozenset(in_order[k * num_each : (k + 1) * num_each])
+    for process in cluster.attention():
+        process.route = None
+    cluster.new_controller(epoch=2)
+    _converged(cluster)
+    assert _num_held(cluster) == [num_each] * num_workers
+    assert _is_balanced(cluster) is exchange
 
 
 def test_with_replicas_a_lost_workers_experts_are_routed_to_the_others_at_once() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.config import load
 from cluster.errors import ConfigError
-from cluster.operate.state_file import Places, SupervisorState
+from cluster.operate.state_file import Places, SupervisorState, nothing_runs
 
 ROOT = Path(__file__).resolve().parents[4]
 DEADLINE_S = 20.0
@@ -48,11 +48,27 @@ def test_one_at_a_time(places: Places) -> None:
     with places.held():
         places.write(STATE)
         assert places.is_held()
-        with pytest.raises(ConfigError, match=r"one runs on this machine \(process 7\).*cluster down"), places.held():
+        with (
+            pytest.raises(
+                ConfigError, match=r"one runs on this machine \(process 7\).*cluster down --cluster-name one`"
+            ),
+            places.held(),
+        ):
             pass
     assert not places.is_held()
     with places.held():
         assert places.is_held()
+
+
+def test_the_default_name_needs_no_flag(tmp_path: Path) -> None:
+    assert Places(load({"home": tmp_path, "cluster_name": "foretoken"})).flag == ""
+
+
+def test_where_none_of_a_name_runs_the_others_are_named(places: Places, tmp_path: Path) -> None:
+    wanted = load({"home": tmp_path, "cluster_name": "two"})
+    assert nothing_runs(wanted) == "no cluster called two runs here"
+    with places.held():
+        assert nothing_runs(wanted) == "no cluster called two runs here; these do: --cluster-name one"
 
 
 def test_the_lock_ends_with_its_process(places: Places) -> None:

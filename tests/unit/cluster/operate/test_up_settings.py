@@ -50,3 +50,14 @@ def test_a_port_in_use_fails_before_anything_is_started(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="is in use"):
             up.run(settings)
     assert not (tmp_path / "clusters").exists()
+
+
+@pytest.mark.needs("linux", "demo")
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:1/0", "unix:///nowhere/redis.sock"])
+def test_a_store_that_cannot_be_used_fails_before_anything_is_started(tmp_path: Path, url: str) -> None:
+    done = cluster_up.foretoken(tmp_path, "cluster", "up", "--local", "1", "--store", url)
+    assert done.returncode == 1
+    (error,) = done.stderr.splitlines()
+    assert error.startswith("Error: the store (Redis) cannot be used")
+    assert "without one `cluster up` starts a Redis of its own" in error
+    assert not list((tmp_path / "clusters").glob("*/logs/*"))
