@@ -117,8 +117,7 @@ def local_cluster(
         cluster = LocalCluster(Server(base_url, served_model(base_url)), supervisor, settings)
         cluster.wait_until_whole(start_timeout_s)
         yield cluster
-        supervisor.terminate()
-        wait_ended(settings)
+    wait_ended(settings)
 
 
 def wait_ended(settings: Settings) -> None:

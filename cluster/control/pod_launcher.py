@@ -56,7 +56,7 @@ class PodLauncher:
         return entry is not None and _decode(entry.value).worker_id == record.worker_id
 
     async def stop(self, record: WorkerRecord, *, kill: bool) -> None:
-        """A hung pod is ended by its probes."""
+        """Nothing: a pod ends its worker itself when that hangs (`cluster worker`)."""
 
     async def close(self) -> None:
         """Nothing is held."""

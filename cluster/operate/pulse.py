@@ -35,7 +35,9 @@ async def end_hung(worker: WorkerProcess, token: str | None, patience_s: float) 
         return True
 
     def kill() -> None:
-        logger.error("the worker, process %d, has not answered for %g s: it hangs, and is killed", worker.pid, patience_s)
+        logger.error(
+            "the worker, process %d, has not answered for %g s: it hangs, and is killed", worker.pid, patience_s
+        )
         worker.kill()
 
     await watch_pulse(lambda: worker.pid if worker.is_ready else None, ask, kill, patience_s)

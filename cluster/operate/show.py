@@ -30,16 +30,23 @@ async def read_status(store: Store) -> ClusterStatus | None:
     return None if entry is None else msgspec.json.decode(entry.value, type=ClusterStatus)
 
 
-def tokens_per_s(before: ClusterStatus, after: ClusterStatus) -> dict[str, float]:
-    """Generated tokens a second of each worker, between two looks; 0 for one that was started anew in between."""
+def work_per_s(before: ClusterStatus, after: ClusterStatus) -> dict[str, float]:
+    """Generated tokens a second of each worker, or rows of an expert worker, between two looks.
+
+    0 for one that was started anew in between.
+    """
     seconds = after.at_s - before.at_s
-    earlier = {worker.state.worker_id: worker.state.generated_tokens for worker in before.workers}
+    earlier = {worker.state.worker_id: _work_done(worker) for worker in before.workers}
     return {
-        worker.name: max(0, worker.state.generated_tokens - earlier[worker.state.worker_id]) / seconds
+        worker.name: max(0, _work_done(worker) - earlier[worker.state.worker_id]) / seconds
         if seconds > 0 and worker.state.worker_id in earlier
         else 0.0
         for worker in after.workers
     }
+
+
+def _work_done(worker: WorkerStatus) -> int:
+    return worker.state.expert_rows if worker.role == "expert" else worker.state.generated_tokens
 
 
 def node_rows(status: ClusterStatus) -> list[tuple[str, ...]]:
@@ -54,7 +61,7 @@ def node_rows(status: ClusterStatus) -> list[tuple[str, ...]]:
 
 def worker_rows(status: ClusterStatus, rates: Mapping[str, float]) -> list[tuple[str, ...]]:
     """A line a worker, below its heading."""
-    rows: list[tuple[str, ...]] = [("WORKER", "NODE", "CONDITION", "RUNNING", "WAITING", "EXPERTS", "TOKENS/S", "PID")]
+    rows: list[tuple[str, ...]] = [("WORKER", "NODE", "CONDITION", "RUNNING", "WAITING", "TOKENS/S", "EXPERTS", "ROWS/S", "PID")]
     rows += [_worker_row(worker, rates) for worker in status.workers]
     return rows
 
@@ -67,8 +74,9 @@ def _worker_row(worker: WorkerStatus, rates: Mapping[str, float]) -> tuple[str, 
         worker.condition,
         str(worker.state.num_running) if steps else "",
         str(worker.state.num_waiting) if steps else "",
-        str(worker.num_experts) if worker.num_experts else "",
         f"{rates.get(worker.name, 0.0):.1f}" if steps else "",
+        str(worker.num_experts) if worker.num_experts else "",
+        "" if steps else f"{rates.get(worker.name, 0.0):.0f}",
         str(worker.pid),
     )
 
@@ -100,13 +108,13 @@ def announce(status: ClusterStatus, url: str, settings: Settings, logs: Path, st
     if settings.log_format == "json" or not sys.stdout.isatty():
         for row in node_rows(status)[1:]:
             logger.info("node %s", "  ".join(filter(None, row)))
-        logger.info("logs are in %s", logs)
+        logger.info("page: %s/ shows what runs where, live; logs are in %s", url, logs)
         logger.info("%s is ready on %s after %.1f s; try: %s", status.model, url, start_s, curl)
         return
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"\n[bold green]Ready[/] on [bold]{url}/v1[/] after {start_s:.1f} s: {status.model}\n")
     print_rows(node_rows(status), console=console)
-    console.print(f"\n[dim]Logs:[/] {logs}\n\nTry:")
+    console.print(f"\n[dim]Page:[/] {url}/ shows what runs where, live\n[dim]Logs:[/] {logs}\n\nTry:")
     console.print(curl, markup=False)
     look = f"foretoken cluster status{Places(settings).flag}"
     console.print(f"\n[dim]Ctrl-C ends it; running requests may finish. `{look}` shows it.[/]\n")

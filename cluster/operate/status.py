@@ -10,7 +10,7 @@ import msgspec
 
 from cluster.config import Settings
 from cluster.errors import StoreUnavailableError
-from cluster.operate.show import print_status, read_status, tokens_per_s
+from cluster.operate.show import print_status, read_status, work_per_s
 from cluster.operate.state_file import Places, SupervisorState, nothing_runs
 from cluster.protocol import ClusterStatus
 from cluster.store import open_store
@@ -37,7 +37,7 @@ def run(settings: Settings, *, as_json: bool) -> int:
         return NOTHING
     if before is None or after is None:
         return _nothing(settings)
-    rates = tokens_per_s(before, after)
+    rates = work_per_s(before, after)
     if as_json:
         print(as_text(after, rates, state))
     else:
@@ -48,7 +48,9 @@ def run(settings: Settings, *, as_json: bool) -> int:
 def as_text(status: ClusterStatus, rates: dict[str, float], state: SupervisorState | None) -> str:
     """One line of JSON: the status, and beside it what only this machine knows."""
     told = _whole(status)
-    told["tokens_per_s"] = {name: round(rate, 3) for name, rate in rates.items()}
+    experts = {worker.name for worker in status.workers if worker.role == "expert"}
+    told["tokens_per_s"] = {name: round(rate, 3) for name, rate in rates.items() if name not in experts}
+    told["rows_per_s"] = {name: round(rate, 3) for name, rate in rates.items() if name in experts}
     told["url"] = state.url if state else None
     told["supervisor_pid"] = state.pid if state else None
     told["processes"] = dict(state.children) if state else {}

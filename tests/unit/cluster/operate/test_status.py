@@ -12,7 +12,7 @@ import pytest
 
 from cluster.config import Settings, load
 from cluster.operate import status as status_command
-from cluster.operate.show import STATUS, node_rows, tokens_per_s, worker_rows
+from cluster.operate.show import STATUS, node_rows, work_per_s, worker_rows
 from cluster.operate.status import as_text
 from cluster.protocol import ClusterStatus, EngineState, NodeStatus, WorkerStatus
 from cluster.store import open_store
@@ -56,17 +56,17 @@ def _status(at_s: float, generated_tokens: int, worker_id: str = "w", problem: s
 
 
 def test_rates_are_tokens_over_time_and_never_those_of_another_process() -> None:
-    assert tokens_per_s(_status(10.0, 100), _status(12.0, 150)) == {"attention-0": 25.0, "expert-0": 0.0}
-    assert tokens_per_s(_status(10.0, 100, "old"), _status(12.0, 150, "new"))["attention-0"] == 0.0
-    assert tokens_per_s(_status(10.0, 100), _status(10.0, 150))["attention-0"] == 0.0
+    assert work_per_s(_status(10.0, 100), _status(12.0, 150)) == {"attention-0": 25.0, "expert-0": 0.0}
+    assert work_per_s(_status(10.0, 100, "old"), _status(12.0, 150, "new"))["attention-0"] == 0.0
+    assert work_per_s(_status(10.0, 100), _status(10.0, 150))["attention-0"] == 0.0
 
 
 def test_the_tables_have_a_row_for_each_node_and_worker() -> None:
     status = _status(10.0, 0)
     assert node_rows(status)[1:] == [("n0", "up", "2.0 GiB", "cpu", "attention-0, expert-0")]
-    assert worker_rows(status, {"attention-0": 12.34})[1:] == [
-        ("attention-0", "n0", "serving", "4", "5", "", "12.3", "11"),
-        ("expert-0", "n0", "lost", "", "", "8", "", "12"),
+    assert worker_rows(status, {"attention-0": 12.34, "expert-0": 567.8})[1:] == [
+        ("attention-0", "n0", "serving", "4", "5", "12.3", "", "", "11"),
+        ("expert-0", "n0", "lost", "", "", "", "8", "568", "12"),
     ]
 
 
@@ -87,11 +87,11 @@ def test_a_store_that_is_gone_is_an_answer(settings: Settings, capsys: pytest.Ca
 
 
 def test_the_json_has_every_field() -> None:
-    told = json.loads(as_text(_status(10.0, 7), {"attention-0": 0.12345}, None))
+    told = json.loads(as_text(_status(10.0, 7), {"attention-0": 0.12345, "expert-0": 7.0}, None))
     assert told["problem"] is None
     assert told["workers"][0]["state"]["generated_tokens"] == 7
     assert told["workers"][0]["num_experts"] == 0
-    assert told["tokens_per_s"] == {"attention-0": 0.123}
+    assert (told["tokens_per_s"], told["rows_per_s"]) == ({"attention-0": 0.123}, {"expert-0": 7.0})
 
 
 @pytest.fixture
