@@ -25,6 +25,7 @@ from cluster.protocol import Announcement, Launch
 MODULE = "workers.server"
 NUM_OLD_LOGS = 3
 PS_TIMEOUT_S = 5.0
+EXEC_LOOKS, EXEC_POLL_S = 20, 0.005  # at a process that shows no command line
 END_TIMEOUT_S = 5.0  # from SIGKILL until a process is gone
 # A command in the background reads /dev/null unless its input is another descriptor's.
 START = 'exec 3<&0; "$@" <&3 3<&- >&2 & echo $!'
@@ -90,12 +91,22 @@ def _arguments(pid: int) -> list[str]:
     if pid <= 0:
         return []
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        for _ in range(EXEC_LOOKS):
+            if line := Path(f"/proc/{pid}/cmdline").read_bytes():
+                return line.decode(errors="replace").split("\0")
+            if _is_zombie(pid):
+                break
+            time.sleep(EXEC_POLL_S)  # a process that becomes another program has none for a moment
+        return []
     except OSError:
         if Path("/proc/self").exists():
             return []
     ps = ("ps", "-p", str(pid), "-o", "command=")  # a system without /proc
     return subprocess.run(ps, capture_output=True, text=True, timeout=PS_TIMEOUT_S, check=False).stdout.split()
+
+
+def _is_zombie(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X")
 
 
 def _start(launch: Launch, environment: Mapping[str, str], log_path: Path, command: Sequence[str]) -> int:

@@ -61,7 +61,9 @@ def node_rows(status: ClusterStatus) -> list[tuple[str, ...]]:
 
 def worker_rows(status: ClusterStatus, rates: Mapping[str, float]) -> list[tuple[str, ...]]:
     """A line a worker, below its heading."""
-    rows: list[tuple[str, ...]] = [("WORKER", "NODE", "CONDITION", "RUNNING", "WAITING", "TOKENS/S", "EXPERTS", "ROWS/S", "PID")]
+    rows: list[tuple[str, ...]] = [
+        ("WORKER", "NODE", "CONDITION", "RUNNING", "WAITING", "TOKENS/S", "EXPERTS", "ROWS/S", "PID")
+    ]
     rows += [_worker_row(worker, rates) for worker in status.workers]
     return rows
 

@@ -17,6 +17,7 @@ import torch
 
 from cluster.errors import ConfigError, PeerLostError
 from cluster.protocol import LinkOffer
+from tests.support.signals import send
 from workers.experts.exchange import GlooLink, LinkServer, TensorSpec, connect_link
 
 DEADLINE_S = 30.0
@@ -53,7 +54,7 @@ class Echo:
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        send(self.process.pid, number)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 import time
@@ -20,6 +19,7 @@ from cluster.protocol import Peer
 from tests.support.experts import experts_of, in_moe_layers, make_host, make_route, take_shard
 from tests.support.models import TINY, Driver, random_weights
 from tests.support.numerics import numerics
+from tests.support.signals import send
 from workers.experts.backend import ExpertBackend, LocalExperts
 from workers.experts.exchange import GlooLink, LinkServer, connect_link
 from workers.experts.routed import RoutedExperts
@@ -76,7 +76,7 @@ class Workers:
     def signal(self, name: str, number: signal.Signals) -> None:
         pid = self.processes[name].pid
         assert pid is not None
-        os.kill(pid, number)
+        send(pid, number)
         if number == signal.SIGKILL:
             self.processes[name].join(DEADLINE_S)
 
