@@ -137,6 +137,8 @@ class Child:
         for pid in _in_session(self._process.pid):
             if self.environment.get(MARK) == _mark_of(pid):  # its id may be another program's by now
                 _kill(pid)
+        if self._process.poll() is None:  # it may show no mark
+            self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(SWEEP_TIMEOUT_S)
         if self._process.stdin is not None:
@@ -148,16 +150,24 @@ class Child:
         return self._stopping.is_set()
 
 
-def marked(run_id: str) -> list[int]:
-    """The processes with this mark, but not the one that asks."""
-    return [pid for pid in _processes() if pid != os.getpid() and run_id == _mark_of(pid)]
+def marked(run_id: str, folder: str = "") -> list[int]:
+    """The processes with this mark, and the Redis whose socket is in `folder`, but not the one that asks.
+
+    Redis writes its title over its environment, and so over the mark; the title has its socket.
+    """
+    title = f"unixsocket:{folder}/".encode() if folder else None
+    return [
+        pid
+        for pid in _processes()
+        if pid != os.getpid() and (run_id == _mark_of(pid) or (title is not None and title in _read(pid, "cmdline")))
+    ]
 
 
-def sweep(run_id: str) -> int:
-    """End every process with this mark (SIGKILL) and wait until they are gone; how many there were."""
+def sweep(run_id: str, folder: str = "") -> int:
+    """End every process that is `marked` (SIGKILL) and wait until they are gone; how many there were."""
     seen: set[int] = set()
     deadline = time.monotonic() + SWEEP_TIMEOUT_S
-    while (found := marked(run_id)) and time.monotonic() < deadline:
+    while (found := marked(run_id, folder)) and time.monotonic() < deadline:
         for pid in found:
             _kill(pid)
         seen.update(found)

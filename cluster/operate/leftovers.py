@@ -50,7 +50,7 @@ def clean_up(places: Places) -> int:
     num_ended = len(_workers(places))
     kill_workers(places)
     if state is not None:
-        num_ended += sweep(state.run_id)
+        num_ended += sweep(state.run_id, state.folder)
         shutil.rmtree(state.folder, ignore_errors=True)
         places.remove()
     if num_ended:

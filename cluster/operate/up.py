@@ -159,7 +159,7 @@ class _Supervisor:
     def _end(self) -> None:
         """Whatever is left of this cluster on this machine ends now."""
         kill_workers(self._places)
-        sweep(self._run_id)
+        sweep(self._run_id, str(self._folder))
         shutil.rmtree(self._folder, ignore_errors=True)
         self._places.remove()
 

@@ -3,8 +3,10 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from cluster.errors import WorkerLostError
 from cluster.operate.children import MARK, Child, marked, sweep
+from cluster.operate.redis_server import is_answering, redis_child
 from tests.support.processes import has_ended, wait_for_end
 
 pytestmark = pytest.mark.needs("linux")
@@ -130,6 +133,23 @@ def test_the_end_of_a_child_is_the_end_of_its_session(child: Callable[..., Child
     assert has_ended(far)
     assert pid is not None
     assert has_ended(pid)
+
+
+@pytest.mark.needs("redis")
+def test_a_redis_that_hides_its_mark_is_found_by_its_socket(tmp_path: Path, run_id: str) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="ft-", dir="/tmp"))  # a socket's path is short
+    environment = os.environ | {MARK: run_id}
+    redis, _ = redis_child(folder, "secret", tmp_path / "redis.log", environment)
+    redis.start()
+    try:
+        _wait(lambda: is_answering(folder))
+        assert marked(run_id, str(folder)) == [redis.pid]
+        assert marked(run_id, str(folder / "other")) == marked(run_id)
+        assert sweep(run_id, str(folder)) == 1
+        assert redis.pid is None
+    finally:
+        redis.end_session()
+        shutil.rmtree(folder)
 
 
 def test_one_that_ignores_sigterm_is_killed_after_its_grace(child: Callable[..., Child]) -> None:
