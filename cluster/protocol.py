@@ -26,6 +26,7 @@ VERSION_KEY = "foretoken-protocol"  # the caller's `PROTOCOL_VERSION`, in decima
 KEEPALIVE = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # without it grpc waits a minute, whatever the line above says
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),  # no limit
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # a server hangs up on who pings more often

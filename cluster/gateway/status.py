@@ -157,6 +157,9 @@ def _worker(worker: WorkerStatus) -> dict[str, Any]:
         "pages_total": state.pages_total,
         "pages_free": state.pages_free,
         "generated_tokens": state.generated_tokens,
+        "expert_calls": state.expert_calls,
+        "expert_rows": state.expert_rows,
+        "expert_s": state.expert_s,
         "num_experts": worker.num_experts,
         "shards": [list(experts) for experts in worker.shards],
     }

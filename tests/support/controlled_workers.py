@@ -46,6 +46,7 @@ class ControlledWorker:
         self.route: Route | None = None
         self.is_running = False
         self.is_hung = False
+        self.refusal: str | None = None  # why it takes no control stream
         self._token = token
         self._heartbeat_s = heartbeat_s
         self._server: grpc.aio.Server | None = None
@@ -90,6 +91,8 @@ class ControlledWorker:
         given = dict(context.invocation_metadata()).get(TOKEN_KEY)
         if self._token is not None and given != f"Bearer {self._token}":
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no valid token")
+        if self.refusal is not None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.refusal)
         lead = _decode(await anext(aiter(messages)))
         assert isinstance(lead, Lead)
         self.leads.add(lead)

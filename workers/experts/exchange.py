@@ -55,11 +55,12 @@ class GlooLink:
         is_first: bool,
         open_timeout_s: float,
         tensor_host: str = "127.0.0.1",
+        thread_name: str = "meet",
     ) -> None:
         """Meet the peer under `name` in the store; exactly one of the two says `is_first`.
 
         `tensor_host` is the address of this side's interface that the pair uses. Raises `PeerLostError` where the peer
-        does not come in time.
+        does not come in time: then a thread called `thread_name` may be left that still waits.
         """
         self.name = name
         self._rank = 0 if is_first else 1
@@ -73,9 +74,11 @@ class GlooLink:
             options._timeout = timedelta(seconds=open_timeout_s)
             return dist.ProcessGroupGloo(dist.PrefixStore(name, open_store()), self._rank, 2, options)
 
-        self._group = self._in_time(meet, open_timeout_s)
+        self._group = self._in_time(meet, open_timeout_s, thread_name)
 
-    def _in_time(self, meet: Callable[[], dist.ProcessGroupGloo], timeout_s: float) -> dist.ProcessGroupGloo:
+    def _in_time(
+        self, meet: Callable[[], dist.ProcessGroupGloo], timeout_s: float, thread_name: str
+    ) -> dist.ProcessGroupGloo:
         """`meet` in a thread of its own, which is left behind where it takes longer.
 
         torch's store client waits without end for a server that is stopped, whatever timeout it was given.
@@ -89,7 +92,7 @@ class GlooLink:
             except RuntimeError as error:
                 faults.append(error)
 
-        thread = threading.Thread(target=run, name=f"meet-{self.name[:8]}", daemon=True)
+        thread = threading.Thread(target=run, name=thread_name, daemon=True)
         thread.start()
         thread.join(timeout_s)
         if not found:
@@ -180,10 +183,14 @@ class LinkServer:
 def connect_link(offer: LinkOffer, link_id: str, tensor_host: str, timeout_s: float) -> GlooLink:
     """An attention worker's side: meet the expert worker that made `offer` under `link_id`.
 
-    Raises `PeerLostError` within `timeout_s`, whatever the other side does.
+    Raises `PeerLostError` within `timeout_s`, whatever the other side does; at once while an earlier try to meet it
+    still hangs, since each would leave a thread behind.
     """
+    thread_name = f"meet-{offer.host}:{offer.port}"
+    if any(thread.name == thread_name for thread in threading.enumerate()):
+        raise PeerLostError(f"an earlier try to meet the peer at {offer.host}:{offer.port} still waits")
 
     def open_store() -> dist.Store:
         return dist.TCPStore(offer.host, offer.port, is_master=False, timeout=timedelta(seconds=timeout_s))
 
-    return GlooLink(open_store, link_id, False, timeout_s, tensor_host)
+    return GlooLink(open_store, link_id, False, timeout_s, tensor_host, thread_name)

@@ -103,6 +103,23 @@ def test_a_server_that_is_gone_or_hangs_is_an_error_in_time(echo: Echo, number: 
     assert time.monotonic() - started < 2.0
 
 
+def test_tries_to_meet_a_server_that_hangs_leave_one_thread_and_it_is_met_once_it_goes_on(echo: Echo) -> None:
+    def waiting() -> int:
+        return sum(thread.name == f"meet-{echo.offer.host}:{echo.offer.port}" for thread in threading.enumerate())
+
+    echo.signal(signal.SIGSTOP)
+    for text in ("rendezvous", "still waits", "still waits"):
+        with pytest.raises(PeerLostError, match=text):
+            connect_link(echo.offer, "nobody", "127.0.0.1", 0.2)
+        assert waiting() == 1
+    echo.signal(signal.SIGCONT)
+    deadline = time.monotonic() + DEADLINE_S
+    while waiting():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert ask(echo.link()).tolist() == [0.0, 1.0, 2.0]
+
+
 def test_a_peer_that_never_comes_holds_nobody_up() -> None:
     server = LinkServer("127.0.0.1", 2.0)
 

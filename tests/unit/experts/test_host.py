@@ -70,6 +70,16 @@ def test_an_expert_that_is_not_here_is_said_so_and_the_link_goes_on() -> None:
     assert torch.equal(ask(link, call)[0], expected(call, "blocks"))
 
 
+def test_what_is_computed_is_counted_and_what_is_not_here_is_not() -> None:
+    host = make_host(TINY, WEIGHTS, numerics("blocks"), (1, 5))
+    links = [serve_in_thread(host), serve_in_thread(host)]
+    for link in links:
+        ask(link, make_call([1, 5, 5]))
+        ask(link, make_call([1, 4]))
+    assert (host.num_calls, host.num_rows) == (2, 6)
+    assert host.computing_s > 0.0
+
+
 def test_rows_come_back_in_the_dtype_in_which_they_were_sent() -> None:
     link = serve_in_thread(make_host(TINY, WEIGHTS, numerics("blocks"), (1,)))
     call = make_call([1, 1])

@@ -80,6 +80,9 @@ async def test_one_worker_of_our_own(serve: Serve, worker: ScriptedWorker) -> No
             "pages_total": 64,
             "pages_free": 48,
             "generated_tokens": 7,
+            "expert_calls": 0,
+            "expert_rows": 0,
+            "expert_s": 0.0,
             "num_experts": 0,
             "shards": [],
         }
@@ -109,6 +112,7 @@ def cluster_status(at_s: float) -> ClusterStatus:
             WorkerStatus(
                 name="expert-0", role="expert", node_id="n2", address="10.9.8.7:4322", pid=424243,
                 condition="starting", num_experts=3, shards=((0, 1), (3,)),
+                state=EngineState(worker_id="e", expert_calls=3, expert_rows=12, expert_s=0.5),
             ),
         ),
         problem="a node is missing",
@@ -158,6 +162,7 @@ async def test_a_cluster_is_as_its_controller_says(serve: Serve, monkeypatch: py
     attention, expert = body["workers"]
     assert (attention["num_running"], attention["generated_tokens"], attention["worker_id"]) == (2, 9, "a")
     assert (expert["condition"], expert["num_experts"], expert["shards"]) == ("starting", 3, [[0, 1], [3]])
+    assert (expert["expert_calls"], expert["expert_rows"], expert["expert_s"]) == (3, 12, 0.5)
     assert body["gateway"]["workers_connected"] == 1
 
     await put(store, msgspec.json.encode(cluster_status(time.time() - 60)))

@@ -65,6 +65,18 @@ async def test_a_refusal_reaches_the_client_where_all_drain(crowd: Served, team:
     assert len(team.submits) == 2
 
 
+async def test_a_refusal_where_nobody_starts_a_worker_again_leaves_the_connection(
+    crowd: Served, team: Team, caplog: pytest.LogCaptureFixture
+) -> None:
+    crowd.app.state.gateway.pool.stop_resuming()
+    for worker in team.workers.values():
+        worker.raw = refuse
+    response = await crowd.complete()
+    assert response.status_code == 503
+    assert "failed" not in caplog.text
+    assert crowd.app.state.gateway.pool.num_lost == 0
+
+
 async def test_a_reply_that_has_begun_is_not_refused(crowd: Served, team: Team) -> None:
     team.pause_after(STEPS)
     request = asyncio.create_task(crowd.complete())

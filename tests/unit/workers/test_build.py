@@ -7,13 +7,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from cluster.control.topology import LOAD_SHARE
 from cluster.errors import CheckpointError, ConfigError
 from cluster.protocol import Launch, Peer, Role, Sampling, Stopping, Submit
 from tests.support.checkpoints import CONFIG, random_tensors, write
 from tests.support.experts import make_route, serve_in_thread
 from tests.support.numerics import KERNELS_DIR
 from tests.support.tokenizers_ import build
-from workers.build import build_engine, build_expert_host
+from workers.build import WEIGHTS_SHARE, build_engine, build_expert_host
 from workers.engine import Engine
 from workers.experts.backend import LocalExperts
 from workers.experts.host import ExpertHost
@@ -100,6 +101,10 @@ def test_a_dense_model_needs_no_route(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dense model") as caught:
         build_expert_host(make_launch(path, "expert"))
     assert caught.value.param == "role"
+
+
+def test_a_controller_knows_what_a_worker_would_refuse() -> None:
+    assert LOAD_SHARE == WEIGHTS_SHARE
 
 
 def test_an_expert_worker_takes_no_more_than_the_machine_has(checkpoint: Path) -> None:

@@ -133,6 +133,10 @@ def test_two_expert_workers_give_the_same_tokens_as_one_worker_with_all(
                     assert output.index == len(outputs[output.request_id])
                     outputs[output.request_id] += output.token_ids
             assert outputs == {name: expected[name] for name in outputs}
+            for controller in here.expert_controls:
+                state = (await controller.until(lambda report: report.state.expert_rows > 0)).state
+                assert state.expert_rows >= state.expert_calls > 0
+                assert state.expert_s > 0.0
             await stops_in_peace(here)
 
     asyncio.run(run())

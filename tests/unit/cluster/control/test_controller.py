@@ -1,41 +1,27 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 
-from cluster.config import load
-from cluster.control.controller import Controller
-from cluster.control.leadership import LEAD_KEY, LOOKS, LostLeadError
-from cluster.control.model import Model
+from cluster.control.leadership import LOOKS, LostLeadError
 from cluster.control.placement import PlacedWorker
-from cluster.control.topology import Device, Node, Topology
-from cluster.errors import StoreUnavailableError
-from cluster.machine import Machine
-from cluster.protocol import ClusterStatus, Launch, Lead, ModelShape, WorkerRecord
+from cluster.protocol import Launch, Lead
 from cluster.store.base import Versioned
-from cluster.store.memory import MemoryStore
 from tests.support.controlled_workers import ControlledLauncher
-
-DEADLINE_S = 30.0
-LEASE_S = 0.6
-SHAPE = ModelShape(
-    num_layers=3,
-    moe_layers=(1, 2),
-    num_experts=4,
-    expert_bytes=1000,
-    dense_bytes=1000,
-    kv_token_bytes=1,
-    max_model_len=64,
+from tests.support.led_cluster import (
+    DEADLINE_S,
+    NAMES,
+    SHAPE,
+    TOKEN,
+    FaultyStore,
+    LedCluster,
+    nodes,
+    run,
+    running,
+    stored_records,
 )
-MACHINE = Machine("Linux", "x86_64", "A processor", frozenset(), 4, None, 2**34, 2**33)
-NAMES = {"attention-0", "expert-0", "expert-1"}
-TOKEN = "a token"
 
 
 @pytest.fixture(autouse=True)
@@ -43,111 +29,9 @@ def _starts_are_tried_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.control.restarts.RARE_S", 0.3)
 
 
-def _nodes(num: int = 3) -> Topology:
-    gib = 2**30
-    return Topology(tuple(Node(f"n{i}", f"n{i}", gib, (Device("cpu", "cpu", gib),), 4, "m") for i in range(num)))
-
-
-class _Store(MemoryStore):
-    """A store that can be away, and come back empty."""
-
-    is_away = False
-    num_looks = 0  # at who leads
-
-    async def get(self, key: str) -> Versioned | None:
-        self.num_looks += key == LEAD_KEY
-        return await super().get(key)
-
-    def _room(self, name: str) -> Any:
-        if self.is_away:
-            raise StoreUnavailableError("the store is away")
-        return super()._room(name)
-
-    def empty(self) -> None:
-        self._rooms.clear()
-
-
-class _Cluster:
-    def __init__(self, store: _Store, launcher: ControlledLauncher, **settings: object) -> None:
-        self.store = store
-        self.launcher = launcher
-        values: dict[str, object] = {"attention_workers": 1, "expert_workers": 2, "lease_s": LEASE_S}
-        self.settings = load(values | {"token": TOKEN, "drain_timeout_s": 1.0} | settings)
-        self.controller = Controller(
-            self.settings,
-            store=store,
-            launcher=launcher,
-            model=Model("demo", Path("/models/demo")),
-            shape=SHAPE,
-            machine=MACHINE,
-            backoff=lambda _: 0.0,
-        )
-        self.stop = asyncio.Event()
-        self.task = asyncio.create_task(self.controller.run(self.stop))
-
-    async def until(self, condition: Callable[[], bool | Awaitable[bool]]) -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            while True:
-                met = condition()
-                if isinstance(met, bool) and met:
-                    return
-                if not isinstance(met, bool) and await met:
-                    return
-                if self.task.done():
-                    await self.task
-                await asyncio.sleep(0.01)
-
-    async def status(self) -> ClusterStatus | None:
-        entry = await self.store.get("status/cluster")
-        return msgspec.json.decode(entry.value, type=ClusterStatus) if entry is not None else None
-
-    async def is_well(self) -> bool:
-        status = await self.status()
-        return (
-            status is not None
-            and status.controller_id == self.controller.controller_id
-            and status.problem is None
-            and len(status.workers) == 3
-            and all(worker.condition == "serving" for worker in status.workers)
-            and self.launcher.workers["attention-0"].route is not None
-            and sorted(worker.num_experts for worker in status.workers) == [0, 4, 4]
-        )
-
-    async def kill(self) -> None:
-        """As SIGKILL does: nothing is put in order."""
-        self.task.cancel()
-        await asyncio.gather(self.task, return_exceptions=True)
-
-    def ids(self) -> dict[str, str]:
-        return {name: worker.record.worker_id for name, worker in self.launcher.workers.items()}
-
-
-@contextlib.asynccontextmanager
-async def _running(store: _Store | None = None, **settings: object) -> AsyncIterator[_Cluster]:
-    cluster = _Cluster(store or _Store(), ControlledLauncher(_nodes(), token=TOKEN), **settings)
-    try:
-        yield cluster
-    finally:
-        await cluster.kill()
-        await cluster.launcher.close()
-
-
-def _run(body: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(2 * DEADLINE_S):
-            await body()
-
-    asyncio.run(bounded())
-
-
-async def _records(store: _Store) -> dict[str, WorkerRecord]:
-    entries = await store.entries("workers/")
-    return {key: msgspec.json.decode(entry.value, type=WorkerRecord) for key, entry in entries.items()}
-
-
 def test_workers_are_started_led_and_told_what_to_hold_and_where_experts_are() -> None:
     async def body() -> None:
-        async with _running() as cluster:
+        async with running() as cluster:
             await cluster.until(cluster.is_well)
             workers = cluster.launcher.workers
             assert workers.keys() == NAMES
@@ -160,15 +44,15 @@ def test_workers_are_started_led_and_told_what_to_hold_and_where_experts_are() -
             for layer in SHAPE.moe_layers:
                 for expert, owners in enumerate(route.owners[layer]):
                     assert all(expert in workers[route.peers[place].name].held[layer] for place in owners)
-            records = await _records(cluster.store)
+            records = await stored_records(cluster.store)
             assert records == {f"workers/{name}": worker.record for name, worker in workers.items()}
 
-    _run(body)
+    run(body)
 
 
 def test_a_workers_launch_says_its_place_and_its_part_of_the_machine() -> None:
     async def body() -> None:
-        async with _running(orphan_timeout_s=7, peer_timeout_s=3, reroute_timeout_s=5) as cluster:
+        async with running(orphan_timeout_s=7, peer_timeout_s=3, reroute_timeout_s=5) as cluster:
             await cluster.until(cluster.is_well)
             launches = {launch.name: launch for launch in cluster.launcher.launches}
             attention = launches["attention-0"]
@@ -180,12 +64,12 @@ def test_a_workers_launch_says_its_place_and_its_part_of_the_machine() -> None:
             times = (attention.orphan_timeout_s, attention.peer_timeout_s, attention.reroute_timeout_s)
             assert times == (7, 3, 5)
 
-    _run(body)
+    run(body)
 
 
 def test_a_killed_worker_is_replaced_and_its_experts_are_held_by_the_other_meanwhile() -> None:
     async def body() -> None:
-        async with _running() as cluster:
+        async with running() as cluster:
             await cluster.until(cluster.is_well)
             workers, before = cluster.launcher.workers, cluster.ids()
             cluster.launcher.refusals["expert-0"] = "not yet"
@@ -197,24 +81,24 @@ def test_a_killed_worker_is_replaced_and_its_experts_are_held_by_the_other_meanw
             assert after["expert-0"] != before["expert-0"]
             assert after["expert-1"] == before["expert-1"]
 
-    _run(body)
+    run(body)
 
 
 def test_a_hung_worker_is_killed_and_replaced() -> None:
     async def body() -> None:
-        async with _running() as cluster:
+        async with running() as cluster:
             await cluster.until(cluster.is_well)
             hung = cluster.launcher.workers["expert-1"]
             hung.is_hung = True
             await cluster.until(lambda: not hung.is_running)
             await cluster.until(cluster.is_well)
 
-    _run(body)
+    run(body)
 
 
 def test_a_start_that_keeps_failing_is_a_problem_in_the_status_and_ends_with_its_cause() -> None:
     async def body() -> None:
-        async with _running() as cluster:
+        async with running() as cluster:
             cluster.launcher.refusals["attention-0"] = "no such checkpoint"
 
             async def is_told() -> bool:
@@ -225,16 +109,16 @@ def test_a_start_that_keeps_failing_is_a_problem_in_the_status_and_ends_with_its
             cluster.launcher.refusals.clear()
             await cluster.until(cluster.is_well)
 
-    _run(body)
+    run(body)
 
 
 def test_the_next_controller_takes_over_what_runs_under_a_higher_epoch() -> None:
     async def body() -> None:
-        async with _running() as first:
+        async with running() as first:
             await first.until(first.is_well)
             before, held = first.ids(), [worker.held for worker in first.launcher.workers.values()]
             await first.kill()
-            second = _Cluster(first.store, first.launcher)
+            second = LedCluster(first.store, first.launcher)
             await second.until(second.is_well)
             assert first.ids() == before
             assert [worker.held for worker in first.launcher.workers.values()] == held
@@ -242,30 +126,30 @@ def test_the_next_controller_takes_over_what_runs_under_a_higher_epoch() -> None
             assert epochs == [2, 2, 2]
             await second.kill()
 
-    _run(body)
+    run(body)
 
 
 def test_a_record_whose_process_is_gone_is_removed_and_the_worker_started() -> None:
     async def body() -> None:
-        async with _running() as first:
+        async with running() as first:
             await first.until(first.is_well)
             await first.kill()
             gone = first.launcher.workers["expert-0"]
             await gone.kill()
-            second = _Cluster(first.store, first.launcher)
+            second = LedCluster(first.store, first.launcher)
             await second.until(second.is_well)
             assert first.launcher.workers["expert-0"] is not gone
-            assert len(await _records(first.store)) == 3
+            assert len(await stored_records(first.store)) == 3
             await second.kill()
 
-    _run(body)
+    run(body)
 
 
 def test_a_second_controller_waits_until_the_first_is_gone() -> None:
     async def body() -> None:
-        async with _running() as first:
+        async with running() as first:
             await first.until(first.is_well)
-            second = _Cluster(first.store, first.launcher)
+            second = LedCluster(first.store, first.launcher)
             looks = first.store.num_looks
             await first.until(lambda: first.store.num_looks > looks + LOOKS)  # longer than a lead lasts by itself
             assert all(len(worker.leads) == 1 for worker in first.launcher.workers.values())
@@ -273,12 +157,12 @@ def test_a_second_controller_waits_until_the_first_is_gone() -> None:
             await second.until(second.is_well)
             await second.kill()
 
-    _run(body)
+    run(body)
 
 
 def test_a_controller_whose_worker_obeys_a_higher_epoch_steps_down() -> None:
     async def body() -> None:
-        async with _running() as cluster:
+        async with running() as cluster:
             await cluster.until(cluster.is_well)
             cluster.launcher.workers["expert-0"].obey(Lead(epoch=9, controller_id="another"))
             with pytest.raises(LostLeadError, match="expert-0 obeys another controller, with epoch 9"):
@@ -286,29 +170,29 @@ def test_a_controller_whose_worker_obeys_a_higher_epoch_steps_down() -> None:
                     await cluster.task
             assert all(worker.is_running for worker in cluster.launcher.workers.values())
 
-    _run(body)
+    run(body)
 
 
 def test_an_epoch_that_only_workers_remember_is_topped() -> None:
     async def body() -> None:
-        async with _running() as first:
+        async with running() as first:
             await first.until(first.is_well)
             await first.kill()
             for worker in first.launcher.workers.values():
                 worker.obey(Lead(epoch=41, controller_id="another"))
-            second = _Cluster(first.store, first.launcher)
+            second = LedCluster(first.store, first.launcher)
             await second.until(second.is_well)
             stored = await first.store.get("controller/epoch")
             assert stored is not None
             assert stored.value == b"42"
             await second.kill()
 
-    _run(body)
+    run(body)
 
 
 def test_without_the_store_it_goes_on_and_an_empty_one_is_filled_again() -> None:
     async def body() -> None:
-        async with _running() as cluster:
+        async with running() as cluster:
             await cluster.until(cluster.is_well)
             cluster.store.is_away = True
             killed = cluster.launcher.workers["expert-0"]
@@ -327,16 +211,16 @@ def test_without_the_store_it_goes_on_and_an_empty_one_is_filled_again() -> None
                 keys: list[Versioned | None] = [
                     await cluster.store.get(key) for key in ("controller/lead", "controller/epoch", "placement/current")
                 ]
-                return all(keys) and len(await _records(cluster.store)) == 3
+                return all(keys) and len(await stored_records(cluster.store)) == 3
 
             await cluster.until(is_filled)
 
-    _run(body)
+    run(body)
 
 
 def test_without_the_launcher_what_runs_goes_on_and_what_died_is_started_when_it_is_back() -> None:
     async def body() -> None:
-        async with _running() as cluster:
+        async with running() as cluster:
             await cluster.until(cluster.is_well)
             cluster.launcher.is_away = True
             killed = cluster.launcher.workers["expert-0"]
@@ -351,26 +235,26 @@ def test_without_the_launcher_what_runs_goes_on_and_what_died_is_started_when_it
             cluster.launcher.is_away = False
             await cluster.until(cluster.is_well)
 
-    _run(body)
+    run(body)
 
 
 def test_a_stop_ends_the_workers_and_leaves_no_records() -> None:
     async def body() -> None:
-        async with _running() as cluster:
+        async with running() as cluster:
             await cluster.until(cluster.is_well)
             cluster.stop.set()
             async with asyncio.timeout(DEADLINE_S):
                 await cluster.task
             assert not any(worker.is_running for worker in cluster.launcher.workers.values())
-            assert await _records(cluster.store) == {}
+            assert await stored_records(cluster.store) == {}
             assert await cluster.store.get("controller/lead") is None
 
-    _run(body)
+    run(body)
 
 
 def test_another_token_leads_nobody() -> None:
     async def body() -> None:
-        async with _running(token="another") as cluster:
+        async with running(token="another") as cluster:
             await cluster.until(lambda: len(cluster.launcher.workers) == 3)
 
             async def is_lost() -> bool:
@@ -380,7 +264,7 @@ def test_another_token_leads_nobody() -> None:
             await cluster.until(is_lost)
             assert not any(worker.leads for worker in cluster.launcher.workers.values())
 
-    _run(body)
+    run(body)
 
 
 class _Pods(ControlledLauncher):
@@ -390,7 +274,7 @@ class _Pods(ControlledLauncher):
     def starts_workers(self) -> bool:
         return False
 
-    async def register(self, store: _Store, worker: PlacedWorker) -> None:
+    async def register(self, store: FaultyStore, worker: PlacedWorker) -> None:
         record = await super().start(worker, Launch(address="", model_path="", served_name=""))
         key = f"workers/{record.name}"
         held = await store.get(key)
@@ -400,10 +284,10 @@ class _Pods(ControlledLauncher):
 
 def test_pods_are_led_where_they_are_and_the_first_wait_for_the_others() -> None:
     async def body() -> None:
-        store, launcher = _Store(), _Pods(_nodes(), token=TOKEN)
+        store, launcher = FaultyStore(), _Pods(nodes(), token=TOKEN)
         await launcher.register(store, PlacedWorker("attention", 0, "n0", "cpu", 5000, 1000))
         await launcher.register(store, PlacedWorker("expert", 1000, "n1", "cpu", 8000))
-        cluster = _Cluster(store, launcher)
+        cluster = LedCluster(store, launcher)
         attention, first = launcher.workers["attention-0"], launcher.workers["expert-1000"]
         await cluster.until(lambda: first.leader is not None and attention.leader is not None)
         await launcher.register(store, PlacedWorker("expert", 2000, "n1", "cpu", 8000))
@@ -419,7 +303,7 @@ def test_pods_are_led_where_they_are_and_the_first_wait_for_the_others() -> None
         async with asyncio.timeout(DEADLINE_S):
             await cluster.task
         assert all(worker.is_running for worker in launcher.workers.values())
-        assert len(await _records(store)) == 3
+        assert len(await stored_records(store)) == 3
         await launcher.close()
 
-    _run(body)
+    run(body)

@@ -18,6 +18,7 @@ from cluster.control.launch import PACKAGES
 from cluster.protocol import ClusterStatus, WorkerRecord
 from cluster.store import open_store
 from tests.support.redis_server import RedisServer
+from tests.support.signals import send
 
 pytestmark = pytest.mark.needs("redis", "demo", "linux")
 
@@ -27,6 +28,7 @@ POLL_S = 0.05
 
 class _Pods:
     def __init__(self, redis: RedisServer, home: Path) -> None:
+        self.home = home
         self.redis = redis
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         ours = {
@@ -57,6 +59,15 @@ class _Pods:
     def record(self, name: str) -> WorkerRecord | None:
         value = self._get(f"workers/{name}")
         return msgspec.json.decode(value, type=WorkerRecord) if value is not None else None
+
+    def until_record(self, name: str, other_than: str = "") -> WorkerRecord:
+        """The record of a worker, once it is that of another process."""
+        deadline = time.monotonic() + DEADLINE_S
+        while (record := self.record(name)) is None or record.worker_id == other_than:
+            assert time.monotonic() < deadline, f"no new process of {name} was registered"
+            assert all(process.poll() is None for process in self.processes.values()), "a pod ended"
+            time.sleep(POLL_S)
+        return record
 
     def _get(self, key: str) -> bytes | None:
         async def get() -> bytes | None:
@@ -128,3 +139,22 @@ def test_pods_register_are_led_and_come_back(pods: _Pods) -> None:
     controller.send_signal(signal.SIGTERM)
     assert controller.wait(DEADLINE_S) == 0
     assert pods.processes["attention"].poll() is None
+
+
+def test_a_pod_ends_a_worker_that_hangs_and_one_that_was_killed_leaves_nothing_that_grows(pods: _Pods) -> None:
+    pods.environment |= {"FORETOKEN_LEASE_S": "0.6", "TMPDIR": str(pods.home)}
+    pods.start("expert", "worker", "expert", "--name", "demo-expert-0")
+    first = pods.until_record("expert-0")
+    send(first.pid, signal.SIGSTOP)
+    second = pods.until_record("expert-0", first.worker_id)
+    assert not Path(f"/proc/{first.pid}").exists()
+    assert second.address == first.address
+
+    for _ in range(2):
+        pod = pods.processes.pop("expert")
+        pod.kill()
+        pod.wait()
+        pods.start("expert", "worker", "expert", "--name", "demo-expert-0")
+        second = pods.until_record("expert-0", second.worker_id)
+    files = [path.relative_to(pods.home) for path in pods.home.rglob("*") if path.is_file()]
+    assert files == [Path("clusters/foretoken/pods/expert-0.json")]

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from cluster.config import load
+from cluster.control.topology import LOAD_SHARE
 from cluster.errors import ConfigError
 from cluster.operate import controller, worker
 
@@ -38,6 +41,25 @@ def test_another_name_is_refused(role: str, name: str, message: str) -> None:
 def test_where_others_reach_it_is_as_told_or_as_it_listens_or_as_found() -> None:
     assert worker.advertised_host(load({"advertise": "10.0.0.9", "host": "0.0.0.0"})) == "10.0.0.9"
     assert worker.advertised_host(load({"host": "10.1.2.3"})) == "10.1.2.3"
+
+
+@pytest.mark.needs("demo")
+def test_a_worker_loads_at_least_what_its_record_says_that_it_holds(tmp_path: Path) -> None:
+    settings = load({"home": tmp_path, "device": "cpu", "host": "127.0.0.1"})
+    left_behind = worker.announce_path(settings, "expert-0")
+    left_behind.parent.mkdir(parents=True)
+    left_behind.write_text("another process's")
+    record, launch = worker._prepare(settings, "expert-0", "n")
+    assert launch.host_memory_bytes is not None
+    assert record.memory_bytes <= launch.host_memory_bytes * LOAD_SHARE
+    assert not left_behind.exists()
+
+
+def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write") as caught:
+        worker._prepare(load({"home": tmp_path / "file"}), "expert-0", "n")
+    assert caught.value.param == "home"
 
 
 def test_without_a_store_nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
