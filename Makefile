@@ -3,7 +3,7 @@
 #   make setup                     .venv in this folder, from requirements.lock; needs no root
 #   make setup TORCH=2.13.0+cpu    another build or version of torch (pip's own index settings say where from)
 #   make test ARGS="-k config -x"  arguments for pytest; likewise for serve, bench, cluster-demo
-#   make cluster-demo              a cluster on this machine, two of its workers killed in mid-stream (2 minutes)
+#   make cluster-demo              a cluster on this machine, two of its workers killed in mid-stream (half a minute)
 #   make measurements              docs/measurements/README.md again from the JSON files there
 #   make lock                      write requirements.lock again from pyproject.toml
 

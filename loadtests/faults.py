@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cluster.operate.children import in_session
 from cluster.protocol import Role
 from loadtests.cluster_process import LocalCluster
 from loadtests.processes import BenchError
@@ -84,20 +85,9 @@ def _process(name: str) -> Callable[[LocalCluster, random.Random], list[int]]:
 
     def choose(cluster: LocalCluster, _rng: random.Random) -> list[int]:
         pid = cluster.process(name)
-        return [] if pid is None else session_of(pid)
+        return [] if pid is None else in_session(pid)
 
     return choose
-
-
-def session_of(pid: int) -> list[int]:
-    """The processes of the session that `pid` leads, itself first; nothing where it has ended."""
-    members = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                if os.getsid(int(entry)) == pid:
-                    members.append(int(entry))
-    return sorted(members, key=lambda member: member != pid)
 
 
 KINDS = (

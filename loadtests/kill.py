@@ -189,17 +189,18 @@ def rows(tallies: dict[str, Tally]) -> list[Row]:
 
 def _rows(case: str, tally: Tally) -> list[Row]:
     difference = tally.difference
-    counts = (
-        tally.kills,
-        difference.checked,
-        difference.lost,
-        difference.repeated,
-        difference.differing,
-        tally.failed,
-    )
-    found = [
-        Row(bench=BENCH, case=case, metric=metric, unit="count", value=float(count), reason=tally.reason)
-        for metric, count in zip(COUNTS, counts, strict=True)
+    counts = (difference.checked, difference.lost, difference.repeated, difference.differing, tally.failed)
+    found = [Row(bench=BENCH, case=case, metric=COUNTS[0], unit="count", value=float(tally.kills), reason=tally.reason)]
+    found += [  # without a kill nothing was found, which is not the same as nothing lost
+        Row(
+            bench=BENCH,
+            case=case,
+            metric=metric,
+            unit="count",
+            value=float(count) if tally.kills else None,
+            reason=tally.reason,
+        )
+        for metric, count in zip(COUNTS[1:], counts, strict=True)
     ]
     ordered = sorted(tally.pauses_s)
     none = tally.reason or "no stream was under way when the signal came"

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from cluster.control.launch import PACKAGES
+from cluster.control.launch import python_path
 
 STOP_TIMEOUT_S = 20.0
 POLL_S = 0.01
@@ -39,8 +39,7 @@ def python_command(module: str, *arguments: str) -> list[str]:
 
 def environment(**changes: str) -> dict[str, str]:
     """Ours, with our packages first on the path."""
-    paths = [str(PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **changes}
+    return {**os.environ, "PYTHONPATH": python_path(os.environ), **changes}
 
 
 class Child:

@@ -12,12 +12,9 @@ import grpc
 import grpc.aio
 import msgspec
 
+from cluster.channel import CHANNEL_OPTIONS, call_metadata
 from cluster.protocol import (
     CONTROL_METHOD,
-    KEEPALIVE,
-    PROTOCOL_VERSION,
-    TOKEN_KEY,
-    VERSION_KEY,
     Assign,
     Lead,
     Route,
@@ -27,13 +24,6 @@ from cluster.protocol import (
 
 logger = logging.getLogger(__name__)
 
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # a new channel tries at once, whatever the last one met
-    *KEEPALIVE,
-)
 RECONNECT_S = 0.1
 CLOSE_RETRY_S = 0.5  # grpc can lose a cancellation that meets the end of a call
 REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION)
@@ -62,8 +52,7 @@ class ControlClient:
         on_broken: Callable[[], None],
     ) -> None:
         self.address = address
-        version = (VERSION_KEY, str(PROTOCOL_VERSION))
-        self._metadata = (version,) if token is None else (version, (TOKEN_KEY, f"Bearer {token}"))
+        self._metadata = call_metadata(token)
         self._lead = lead
         self._heartbeat_s = heartbeat_s
         self._answer_timeout_s = answer_timeout_s

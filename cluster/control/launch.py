@@ -46,6 +46,16 @@ def backoff_s(num_failures: int) -> float:
     return 0.0 if num_failures <= 1 else min(10.0, 0.5 * 2 ** (num_failures - 2))
 
 
+def python_path(inherited: Mapping[str, str]) -> str:
+    """The ``PYTHONPATH`` of a process of ours: our packages first, then what is inherited."""
+    return os.pathsep.join([str(PACKAGES), *filter(None, [inherited.get("PYTHONPATH")])])
+
+
+def logs_folder(settings: Settings) -> Path:
+    """Where the processes of a cluster log on this machine."""
+    return settings.home / "clusters" / settings.cluster_name / "logs"
+
+
 def kernels_dir(settings: Settings) -> Path:
     """Where compiled kernels are kept."""
     return settings.home / "kernels"
@@ -85,8 +95,7 @@ def worker_environment(launch: Launch, machine: Machine, inherited: Mapping[str,
     A container's CPU quota is not seen by OpenMP, which would start a thread for each core of the machine.
     """
     environment = dict(inherited)
-    paths = [str(PACKAGES), *filter(None, [inherited.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    environment["PYTHONPATH"] = python_path(inherited)
     invariant = launch.numerics == "invariant" or (launch.numerics == "auto" and not launch.device.startswith("cuda"))
     if invariant and machine.architecture in X86:
         for flag, isa in (("avx512f", "AVX512"), ("avx2", "AVX2")):

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from cluster.control.placement import PlacedWorker
 from cluster.control.topology import Topology
-from cluster.protocol import Launch, WorkerRecord
+from cluster.protocol import Announcement, Launch, WorkerRecord
 
 
 class Launcher(Protocol):
@@ -43,3 +43,18 @@ class Launcher(Protocol):
 
     async def close(self) -> None:
         """Let go; workers go on."""
+
+
+def record_of(worker: PlacedWorker, announced: Announcement) -> WorkerRecord:
+    """What is recorded of a worker that serves in the place of `worker`."""
+    return WorkerRecord(
+        name=worker.id,
+        role=worker.role,
+        node_id=worker.node_id,
+        device_id=worker.device_id,
+        address=announced.address,
+        worker_id=announced.worker_id,
+        pid=announced.pid,
+        memory_bytes=worker.memory_bytes,
+        kv_bytes=worker.kv_bytes,
+    )

@@ -6,13 +6,13 @@ import asyncio
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import msgspec
 
 from cluster.config import Settings
 from cluster.control import detached
-from cluster.control.launch import COMMAND, worker_environment
+from cluster.control.launch import COMMAND, logs_folder, worker_environment
+from cluster.control.launcher import record_of
 from cluster.control.placement import PlacedWorker
 from cluster.control.topology import Topology, local_topology
 from cluster.machine import this_machine
@@ -20,11 +20,6 @@ from cluster.protocol import Announcement, Launch, WorkerRecord
 
 HOST = "127.0.0.1"
 TOKEN_VARIABLE = "FORETOKEN_TOKEN"  # a worker gets it in its launch message
-
-
-def logs_folder(settings: Settings) -> Path:
-    """Where the workers of a cluster log on this machine."""
-    return settings.home / "clusters" / settings.cluster_name / "logs"
 
 
 class ProcessLauncher:
@@ -64,17 +59,7 @@ class ProcessLauncher:
             if started.exception() is None:  # it served at that moment, and nobody would know of it
                 detached.end(started.result().pid, launch.name, kill=True)
             raise
-        return WorkerRecord(
-            name=worker.id,
-            role=worker.role,
-            node_id=worker.node_id,
-            device_id=worker.device_id,
-            address=announcement.address,
-            worker_id=announcement.worker_id,
-            pid=announcement.pid,
-            memory_bytes=worker.memory_bytes,
-            kv_bytes=worker.kv_bytes,
-        )
+        return record_of(worker, announcement)
 
     def _start(self, launch: Launch, give_up: threading.Event) -> Announcement:
         return detached.start_detached(

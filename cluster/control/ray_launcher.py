@@ -20,7 +20,8 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from cluster.config import Settings
-from cluster.control.launch import COMMAND, PACKAGES
+from cluster.control.launch import COMMAND, PACKAGES, logs_folder, python_path
+from cluster.control.launcher import record_of
 from cluster.control.placement import PlacedWorker
 from cluster.control.topology import MEMORY_SHARE, Device, Node, Topology
 from cluster.errors import ForetokenError, UnavailableError, by_code
@@ -109,7 +110,7 @@ class RayLauncher:
             namespace=f"foretoken-{settings.cluster_name}",
             address=address or environment.get("RAY_ADDRESS"),
             host=LOCAL_HOST if settings.local else None,
-            logs_dir=str(settings.home / "clusters" / settings.cluster_name / "logs"),
+            logs_dir=str(logs_folder(settings)),
             start_timeout_s=settings.start_timeout_s,
             command=tuple(command),
         )
@@ -148,17 +149,7 @@ class RayLauncher:
             with contextlib.suppress(ForetokenError):  # nobody would know of it
                 await self._call("stop", type(None), target=target, kill=True, timeout_s=GIVE_UP_TIMEOUT_S)
             raise
-        return WorkerRecord(
-            name=worker.id,
-            role=worker.role,
-            node_id=worker.node_id,
-            device_id=worker.device_id,
-            address=announced.address,
-            worker_id=announced.worker_id,
-            pid=announced.pid,
-            memory_bytes=worker.memory_bytes,
-            kv_bytes=worker.kv_bytes,
-        )
+        return record_of(worker, announced)
 
     async def adopt(self, record: WorkerRecord) -> bool:
         return await self._call("adopt", bool, target=_target(record))
@@ -279,8 +270,7 @@ class RayLauncher:
 def bridge_environment(inherited: Mapping[str, str]) -> dict[str, str]:
     """What the bridge runs with: our code, and none of our secrets that it does not need."""
     environment = {name: value for name, value in inherited.items() if name != "FORETOKEN_TOKEN"}
-    paths = [str(PACKAGES), *filter(None, [inherited.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    environment["PYTHONPATH"] = python_path(inherited)
     return environment
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.control.launch import LAST_WORD, PACKAGES, TAIL_LINES
+from cluster.control.launch import LAST_WORD, TAIL_LINES, python_path
 from cluster.errors import CheckpointError
 from cluster.protocol import ModelShape
 
@@ -19,13 +19,12 @@ TIMEOUT_S = 120.0  # torch may have to come from a cold disk
 
 def describe(model_path: Path, device: str) -> ModelShape:
     """The shape of a model, with its sizes on that kind of device; blocks. Raises `CheckpointError`."""
-    paths = [str(PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
         done = subprocess.run(
             (*COMMAND, str(model_path), "--device", device),
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=os.environ | {"PYTHONPATH": python_path(os.environ)},
             timeout=TIMEOUT_S,
             check=False,
         )

@@ -14,13 +14,11 @@ import grpc
 import grpc.aio
 import msgspec
 
+from cluster.channel import CHANNEL_OPTIONS, call_metadata
 from cluster.protocol import (
-    KEEPALIVE,
     PROTOCOL_VERSION,
     STATE_METHOD,
     STREAM_METHOD,
-    TOKEN_KEY,
-    VERSION_KEY,
     EngineState,
     FromWorker,
     Hello,
@@ -31,13 +29,6 @@ from cluster.protocol import (
 
 logger = logging.getLogger(__name__)
 
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),  # a new channel tries at once, whatever the last one met
-    *KEEPALIVE,
-)
 CANCEL_RETRY_S = 0.5  # grpc can lose a cancellation that meets the end of a call
 LEASE_CHECKS = 8  # looks at a silent worker within its lease
 REFUSED = (
@@ -97,8 +88,7 @@ class WorkerClient:
         self.address = address
         self._owner = owner
         self._worker_id = worker_id
-        version = (VERSION_KEY, str(PROTOCOL_VERSION))
-        self._metadata = (version,) if token is None else (version, (TOKEN_KEY, f"Bearer {token}"))
+        self._metadata = call_metadata(token)
         self._lease_s = lease_s
         self._hello_timeout_s = hello_timeout_s
         self._write_timeout_s = write_timeout_s

@@ -134,7 +134,7 @@ class Child:
         """SIGKILL to the child and to all that it started in its session."""
         if self._process is None:
             return
-        for pid in _in_session(self._process.pid):
+        for pid in in_session(self._process.pid):
             if self.environment.get(MARK) == _mark_of(pid):  # its id may be another program's by now
                 _kill(pid)
         if self._process.poll() is None:  # it may show no mark
@@ -195,7 +195,8 @@ def _read(pid: int, name: str) -> bytes:
         return b""
 
 
-def _in_session(session: int) -> list[int]:
+def in_session(session: int) -> list[int]:
+    """The processes of the session that `session` leads or led; Linux."""
     found = []
     for pid in _processes():
         fields = _read(pid, "stat").rpartition(b")")[2].split()

@@ -9,13 +9,13 @@ from collections.abc import Awaitable, Callable
 import grpc
 import grpc.aio
 
+from cluster.channel import CHANNEL_OPTIONS, call_metadata
 from cluster.control.launch import WorkerProcess
-from cluster.protocol import PROTOCOL_VERSION, STATE_METHOD, TOKEN_KEY, VERSION_KEY
+from cluster.protocol import STATE_METHOD
 
 logger = logging.getLogger(__name__)
 
 LOOKS = 20  # at the worker within `patience_s`
-CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
 
 
 async def end_hung(worker: WorkerProcess, token: str | None, patience_s: float) -> None:
@@ -23,8 +23,7 @@ async def end_hung(worker: WorkerProcess, token: str | None, patience_s: float) 
 
     Runs until cancelled.
     """
-    version = (VERSION_KEY, str(PROTOCOL_VERSION))
-    metadata = (version,) if token is None else (version, (TOKEN_KEY, f"Bearer {token}"))
+    metadata = call_metadata(token)
 
     async def ask() -> bool:
         try:

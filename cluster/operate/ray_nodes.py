@@ -6,14 +6,13 @@ that one that is started again is the same cluster: nodes join it, and named act
 
 from __future__ import annotations
 
-import os
 import platform
 import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.control.launch import PACKAGES
+from cluster.control.launch import python_path
 from cluster.machine import Machine
 from cluster.operate.children import Child
 
@@ -31,12 +30,11 @@ def node_environment(
     tuned = {  # Ray's own variables, such as the time until a node gives up its head
         name: value for name, value in inherited.items() if name.startswith("RAY_") and name[4:5].islower()
     }
-    paths = [str(PACKAGES), *filter(None, [inherited.get("PYTHONPATH")])]
     return {
         **kept,
         **tuned,
         **mark,
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": python_path(inherited),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",

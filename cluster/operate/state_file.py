@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from cluster.config import Settings
+from cluster.control.launch import logs_folder
 from cluster.errors import ConfigError
 from cluster.protocol import Message
 
@@ -40,8 +41,8 @@ class Places:
 
     def __init__(self, settings: Settings) -> None:
         self.name = settings.cluster_name
-        self.folder = settings.home / "clusters" / settings.cluster_name
-        self.logs = self.folder / "logs"
+        self.logs = logs_folder(settings)
+        self.folder = self.logs.parent
         self.state = self.folder / "state.json"
         self.lock = self.folder / "lock"
 

@@ -20,7 +20,7 @@ from pydantic import SecretStr
 
 from cluster import logs
 from cluster.config import ENV_PREFIX, Settings
-from cluster.control.launch import MAX_EQUAL_START_FAILURES, MAX_SOCKET_PARENT, PACKAGES
+from cluster.control.launch import MAX_EQUAL_START_FAILURES, MAX_SOCKET_PARENT, python_path
 from cluster.control.model import find_model
 from cluster.control.ray_launcher import RayLauncher
 from cluster.errors import ConfigError, DeadlineError, StoreUnavailableError, UnavailableError, WorkerLostError
@@ -104,8 +104,7 @@ class _Supervisor:
         assert settings.token is not None
         self._token = settings.token.get_secret_value()
         self._environment = _without_ours(os.environ) | settings_environment(settings) | {MARK: self._run_id}
-        paths = [str(PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._environment["PYTHONPATH"] = os.pathsep.join(paths)
+        self._environment["PYTHONPATH"] = python_path(os.environ)
         self._store_url = settings.store or ""
 
     async def run(self, orders: int, started: float) -> int:

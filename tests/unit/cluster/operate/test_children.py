@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import WorkerLostError
-from cluster.operate.children import MARK, Child, marked, sweep
+from cluster.operate.children import MARK, Child, in_session, marked, sweep
 from cluster.operate.redis_server import is_answering, redis_child
 from tests.support.processes import has_ended, wait_for_end
 
@@ -133,6 +133,17 @@ def test_the_end_of_a_child_is_the_end_of_its_session(child: Callable[..., Child
     assert has_ended(far)
     assert pid is not None
     assert has_ended(pid)
+
+
+def test_a_session_is_its_leader_and_what_that_started_in_it(child: Callable[..., Child]) -> None:
+    family = child(FAMILY)
+    family.start()
+    _wait(lambda: len(family.last_lines.split()) == 2)
+    near, far = map(int, family.last_lines.split())
+    assert family.pid is not None
+    assert sorted(in_session(family.pid)) == sorted([family.pid, near])
+    assert far not in in_session(family.pid)
+    assert in_session(2**30) == []
 
 
 @pytest.mark.needs("redis")
