@@ -10,7 +10,8 @@ import torch
 
 from cluster.errors import PeerLostError
 from cluster.protocol import Peer, Route
-from workers.experts.exchange import PeerLink, TensorSpec
+from workers.experts.exchange import PeerLink
+from workers.experts.frame import TensorSpec
 from workers.experts.host import ExpertHost
 from workers.experts.shard import ExpertIds, Shard
 from workers.models.spec import ModelSpec

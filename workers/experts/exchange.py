@@ -3,6 +3,9 @@
 A gloo process group over all workers would break as a whole when one dies. So each pair has a group of its own, on its
 own prefix of a rendezvous store: a dead peer breaks its pair at once, a hung one at the deadline, and nobody else's.
 The store is the expert worker's (`LinkServer`); the two agree on a `link_id` over gRPC, then meet there.
+
+Each gloo message costs a rendezvous of its own and two wakes of a thread, far more than the bytes of a decode step. So
+small tensors travel together, in one frame whose receiver need not know its length beforehand.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
 
@@ -20,16 +22,10 @@ import torch.distributed as dist
 
 from cluster.errors import ConfigError, PeerLostError
 from cluster.protocol import LinkOffer
+from workers.experts.frame import FRAME_BYTES, TensorSpec, Unpacking, pack
 
 MIN_WAIT_S = 0.001  # gloo takes a timeout of zero for none
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """What the peer will send: the receiver allocates it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
+FRAME, ALONE = 0, 1  # gloo's tags: room for the next frame must not take what travels by itself
 
 
 class PeerLink(Protocol):
@@ -39,7 +35,9 @@ class PeerLink(Protocol):
         """Hand over contiguous CPU tensors; returns when they are on their way. Raises `PeerLostError`."""
 
     def recv(self, specs: Sequence[TensorSpec], deadline_s: float) -> list[torch.Tensor]:
-        """The peer's next tensors, in order. Raises `PeerLostError` at the deadline or when the peer dies."""
+        """The peer's next tensors, in order; one `send` may be taken by several `recv`s, the first of which says what
+        the next must ask for. Raises `PeerLostError` at the deadline or when the peer dies.
+        """
 
     def close(self) -> None:
         """Break the link; the peer's waits end with an error."""
@@ -66,6 +64,9 @@ class GlooLink:
         self._rank = 0 if is_first else 1
         self._peer = 1 - self._rank
         self._fault: str | None = None
+        self._room = torch.empty(FRAME_BYTES, dtype=torch.uint8)
+        self._arriving: dist.Work | None = None
+        self._message: Unpacking | None = None  # of which something is left
         self._group: dist.ProcessGroupGloo | None = None
 
         def meet() -> dist.ProcessGroupGloo:
@@ -75,6 +76,7 @@ class GlooLink:
             return dist.ProcessGroupGloo(dist.PrefixStore(name, open_store()), self._rank, 2, options)
 
         self._group = self._in_time(meet, open_timeout_s, thread_name)
+        self._arriving = self._expect(self._group)
 
     def _in_time(
         self, meet: Callable[[], dist.ProcessGroupGloo], timeout_s: float, thread_name: str
@@ -102,25 +104,45 @@ class GlooLink:
 
     def send(self, tensors: Sequence[torch.Tensor], deadline_s: float) -> None:
         group, end = self._open(), time.monotonic() + deadline_s
+        frame, alone = pack(tensors)
         try:
-            for work in [group.send([tensor], self._peer, 0) for tensor in tensors if tensor.numel()]:
-                work.wait(_left(end))
+            group.send([frame], self._peer, FRAME).wait(_left(end))
+            for tensor in alone:
+                group.send([tensor], self._peer, ALONE).wait(_left(end))
         except RuntimeError as error:
             raise self._lost("took nothing", error) from error
 
     def recv(self, specs: Sequence[TensorSpec], deadline_s: float) -> list[torch.Tensor]:
         group, end = self._open(), time.monotonic() + deadline_s
-        tensors = [torch.empty(spec.shape, dtype=spec.dtype) for spec in specs]
+        tensors = []
         try:
-            for work in [group.recv([tensor], self._peer, 0) for tensor in tensors if tensor.numel()]:
-                work.wait(_left(end))
-        except RuntimeError as error:
+            for spec in specs:
+                if self._message is None:
+                    assert self._arriving is not None
+                    self._arriving.wait(_left(end))
+                    self._message = Unpacking(self._room)
+                    self._arriving = self._expect(group)
+                tensor = self._message.take(spec)
+                if tensor is None:
+                    tensor = torch.empty(spec.shape, dtype=spec.dtype)
+                    group.recv([tensor], self._peer, ALONE).wait(_left(end))
+                tensors.append(tensor)
+                if not self._message.num_left:
+                    self._message = None
+        except (RuntimeError, ValueError) as error:
             raise self._lost("sent nothing", error) from error
         return tensors
 
+    def _expect(self, group: dist.ProcessGroupGloo) -> dist.Work:
+        """Make room for the next frame: the peer sends it only once it knows of that, so better early than late."""
+        return group.recv([self._room], self._peer, FRAME)  # a message may be shorter than the room for it
+
     def close(self) -> None:
-        self._fault = self._fault or "closed on this side"
-        self._group = None
+        self._break(self._fault or "closed on this side")
+
+    def _break(self, fault: str) -> None:
+        self._fault = fault
+        self._group = self._arriving = None  # both hold the connection
 
     def _open(self) -> dist.ProcessGroupGloo:
         if self._group is None:
@@ -129,8 +151,7 @@ class GlooLink:
 
     def _lost(self, what: str, error: Exception) -> PeerLostError:
         """A broken pair stays broken: half a message may be under way."""
-        self._fault = f"the peer {what}: {error}"
-        self._group = None
+        self._break(f"the peer {what}: {error}")
         return PeerLostError(f"the link {self.name!r} broke: {self._fault}")
 
 

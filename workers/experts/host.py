@@ -88,10 +88,11 @@ class ExpertHost:
         layer, ids = self._layers[call.layer], call.expert_ids  # as it is now: it may be replaced meanwhile
         if layer.weights is None:
             return torch.zeros_like(call.rows), int(ids[0])
-        beyond = ids >= layer.places.shape[0]
-        places = layer.places[ids.masked_fill(beyond, 0)].masked_fill(beyond, -1)
-        if (missing := ids[places < 0]).numel():
-            return torch.zeros_like(call.rows), int(missing[0])
+        if int(highest := ids.max()) >= layer.places.shape[0]:
+            return torch.zeros_like(call.rows), int(highest)
+        places = layer.places[ids]
+        if int(places.min()) < 0:
+            return torch.zeros_like(call.rows), int(ids[places < 0][0])
         device, dtype = layer.weights.down.device, layer.weights.down.dtype
         rows, places = call.rows.to(device, dtype), places.to(device)
         with self._computing:

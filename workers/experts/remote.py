@@ -24,7 +24,7 @@ from workers.numerics import Numerics
 
 log = logging.getLogger(__name__)
 
-HERE, NOBODY = -1, -2  # in the place of a remote
+NOBODY, HERE = -2, -1  # in the place of a remote
 STOP_S = 0.5  # to tell a peer that no more calls come
 
 
@@ -131,7 +131,7 @@ class MixedExperts:
         pending = RemotePending(by_choice, layer, hidden, flat_ids, topk_weights)
         self._start(pending)
         try:
-            own = self._ask(pending, torch.arange(flat_ids.shape[0], device=flat_ids.device))
+            own = self._ask(pending)
         except PeerLostError:
             self._end()
             raise
@@ -173,33 +173,39 @@ class MixedExperts:
             self._under_way = None
             self._state.notify_all()
 
-    def _ask(self, pending: RemotePending, rows: torch.Tensor) -> torch.Tensor:
-        """Send each of `rows` to its owner, one call a remote; -> those that are to be computed here.
+    def _ask(self, pending: RemotePending, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Send each of `rows` (all, if None) to its owner, one call a remote; -> those that are to be computed here.
 
         Nothing may be under way: a remote takes no second call before its reply is taken. Raises `PeerLostError`, and
         then has sent nothing.
         """
         with self._state:
             remotes, owners = self._holders.remotes, self._owners[pending.layer]
-        expert_ids = pending.flat_ids[rows]
+        expert_ids = pending.flat_ids if rows is None else pending.flat_ids[rows]
         owner = owners.to(expert_ids.device)[expert_ids]
-        if bool((owner == NOBODY).any()):
-            missing = expert_ids[owner == NOBODY].unique().tolist()
+        order = owner.argsort(stable=True)  # so that what each owner gets lies together
+        counts = torch.bincount(owner - NOBODY, minlength=len(remotes) - NOBODY).tolist()
+        expert_ids, rows = expert_ids[order].cpu(), order if rows is None else rows[order]
+        if num_missing := counts[0]:
+            missing = expert_ids[:num_missing].unique().tolist()
             raise PeerLostError(f"no worker that can be reached holds experts {missing} of layer {pending.layer}")
+        num_here = start = counts[1]
         top_k = pending.topk_weights.shape[1]
-        for place, remote in enumerate(remotes):
-            part = rows[owner == place]
-            if not part.numel():
+        hidden = pending.hidden.index_select(0, rows // top_k).cpu()
+        for remote, count in zip(remotes, counts[2:], strict=True):
+            if not count:
                 continue
-            call = Call(pending.layer, pending.flat_ids[part].cpu(), pending.hidden[part // top_k].cpu())
+            part = slice(start, start + count)
+            start += count
+            call = Call(pending.layer, expert_ids[part], hidden[part])
             try:
-                send_call(_open(remote), call, self._patience.of(part.shape[0]))
+                send_call(_open(remote), call, self._patience.of(count))
             except PeerLostError as error:
                 self._lose(remote, error)
-                pending.failed.append(part)
+                pending.failed.append(rows[part])
             else:
-                pending.asked.append((remote, call, part))
-        return rows[owner == HERE]
+                pending.asked.append((remote, call, rows[part]))
+        return rows[:num_here]
 
     def _collect(self, pending: RemotePending) -> None:
         """Take all replies that are due; rows without one are `pending.failed`."""
@@ -211,7 +217,7 @@ class MixedExperts:
                 pending.failed.append(rows)
                 continue
             if missing == OK:
-                pending.output[rows] = output.to(pending.output.device)
+                pending.output.index_copy_(0, rows, output.to(pending.output.device))
             else:
                 self._pass_over(remote, pending.layer, missing)
                 pending.failed.append(rows)

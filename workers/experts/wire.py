@@ -11,11 +11,15 @@ from dataclasses import dataclass
 import torch
 
 from cluster.errors import PeerLostError
-from workers.experts.exchange import PeerLink, TensorSpec
+from workers.experts.exchange import PeerLink
+from workers.experts.frame import TensorSpec
 
 STOP_LAYER = -1  # in a call's place: no more calls
 OK = -1
-IDLE_S = 3600.0  # an expert worker waits so long for a call; its link breaks at once when its peer dies
+# gloo knows no wait without an end, and breaks a link where one ends. A dead peer ends this one at once.
+IDLE_S = 30 * 24 * 3600.0  # that an expert worker waits for the next call
+REST_S = 60.0  # that it waits for the rest of a call that has begun
+TAKEN_S = 900.0  # that a reply waits to be taken: replies are taken in turn, and another worker's may come late
 MAX_ROWS = 1 << 24
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by their number in a call
 
@@ -50,8 +54,8 @@ def recv_call(link: PeerLink, num_layers: int, hidden_size: int) -> Call | None:
         link.close()
         raise PeerLostError(f"the peer sent what is no call: layer {layer}, {num_rows} rows, dtype {dtype}")
     specs = [TensorSpec((num_rows,), torch.int64), TensorSpec((num_rows, hidden_size), DTYPES[dtype])]
-    expert_ids, rows = link.recv(specs, IDLE_S)
-    if bool((expert_ids < 0).any()):
+    expert_ids, rows = link.recv(specs, REST_S)
+    if int(expert_ids.min()) < 0:
         link.close()
         raise PeerLostError("the peer sent what is no call: a negative expert")
     return Call(layer, expert_ids, rows)
@@ -59,7 +63,7 @@ def recv_call(link: PeerLink, num_layers: int, hidden_size: int) -> Call | None:
 
 def send_reply(link: PeerLink, output: torch.Tensor, missing: int) -> None:
     """`output` [n, H] in the call's dtype; `missing` is an expert that is not here, or `OK`. Raises `PeerLostError`."""
-    link.send([torch.tensor([missing]), output.cpu()], IDLE_S)
+    link.send([torch.tensor([missing]), output.cpu()], TAKEN_S)
 
 
 def recv_reply(link: PeerLink, call: Call, deadline_s: float) -> tuple[torch.Tensor, int]:

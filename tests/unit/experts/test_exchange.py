@@ -18,7 +18,8 @@ import torch
 from cluster.errors import ConfigError, PeerLostError
 from cluster.protocol import LinkOffer
 from tests.support.signals import send
-from workers.experts.exchange import GlooLink, LinkServer, TensorSpec, connect_link
+from workers.experts.exchange import GlooLink, LinkServer, connect_link
+from workers.experts.frame import FRAME_BYTES, TensorSpec
 
 DEADLINE_S = 30.0
 
@@ -34,8 +35,12 @@ def run_echo(pipe: Connection) -> None:
             while True:
                 link.send(link.recv([TensorSpec((3,))], DEADLINE_S), DEADLINE_S)
 
+    def serve(link_id: str) -> None:
+        echo(link_id)
+        pipe.send(link_id)
+
     while True:
-        threading.Thread(target=echo, args=(pipe.recv(),), daemon=True).start()
+        threading.Thread(target=serve, args=(pipe.recv(),), daemon=True).start()
 
 
 class Echo:
@@ -91,6 +96,8 @@ def test_one_link_closed_leaves_the_others(echo: Echo) -> None:
     first, second = echo.link(), echo.link()
     ask(first)
     first.close()
+    assert echo.pipe.poll(DEADLINE_S / 3), "the peer still waits for what will never come"
+    assert echo.pipe.recv() == first.name
     assert ask(second).tolist() == [0.0, 1.0, 2.0]
 
 
@@ -151,13 +158,20 @@ def open_pair(server: LinkServer) -> tuple[GlooLink, GlooLink]:
 
 def test_messages_arrive_whole_and_in_order() -> None:
     link, other = open_pair(LinkServer("127.0.0.1", DEADLINE_S))
-    sent = [torch.arange(3), torch.empty(0, 4), torch.randn(5, 7)]
-    sender = threading.Thread(target=link.send, args=(sent, DEADLINE_S))
+    large = torch.randn(FRAME_BYTES // 4, 2)
+    sent = [torch.arange(3), torch.empty(0, 4), large, torch.randn(5, 7), large + 1]
+
+    def send_twice() -> None:
+        for number in (1, 2):
+            link.send([tensor * number for tensor in sent], DEADLINE_S)
+
+    sender = threading.Thread(target=send_twice)
     sender.start()
-    specs = [TensorSpec((3,), torch.int64), TensorSpec((0, 4)), TensorSpec((5, 7))]
-    got = other.recv(specs, DEADLINE_S)
+    specs = [TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in sent]
+    for number in (1, 2):
+        got = other.recv(specs[:1], DEADLINE_S) + other.recv(specs[1:], DEADLINE_S)
+        assert all(torch.equal(a * number, b) for a, b in zip(sent, got, strict=True))
     sender.join(DEADLINE_S)
-    assert all(torch.equal(a, b) for a, b in zip(sent, got, strict=True))
 
 
 @pytest.mark.needs("linux")

@@ -20,7 +20,7 @@ from tests.support.experts import (
 )
 from tests.support.models import TINY, random_weights
 from tests.support.numerics import numerics
-from workers.experts.exchange import TensorSpec
+from workers.experts.frame import TensorSpec
 from workers.experts.host import ExpertHost
 from workers.experts.shard import ExpertIds, Shard, expert_rows
 from workers.experts.wire import OK, Call, recv_reply, send_call, send_stop

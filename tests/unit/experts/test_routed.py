@@ -15,7 +15,8 @@ from tests.support.experts import FaultyLink, experts_of, make_host, make_route,
 from tests.support.models import TINY, random_weights
 from tests.support.numerics import numerics
 from workers.experts.backend import LocalExperts
-from workers.experts.exchange import PeerLink, TensorSpec
+from workers.experts.exchange import PeerLink
+from workers.experts.frame import TensorSpec
 from workers.experts.routed import RoutedExperts
 
 WEIGHTS = random_weights(TINY)
