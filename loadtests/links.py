@@ -1,0 +1,205 @@
+"""`python -m loadtests.links`: what a tensor link between two processes costs, and when it notices a peer that is gone.
+
+Round trips of rows of 2048 floats, there and back, over a `GlooLink`; beside each the same bytes over the bare gloo
+pair, in turns within one run. Then a peer that is killed, and one that is stopped, while a reply is due.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from cluster.errors import PeerLostError
+from loadtests.report import Row, print_table, write_json
+from workers.experts.exchange import GlooLink, LinkServer, connect_link
+from workers.experts.frame import TensorSpec
+
+BENCH = "links"
+HIDDEN = 2048
+HUNG_DEADLINE_S = 0.5
+WAIT_S = 30.0
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Effort:
+    rows: tuple[int, ...] = (1, 8, 64, 1024)
+    rounds: int = 5
+    trips: int = 200  # a round
+    losses: int = 7
+
+
+QUICK = Effort(rows=(1, 64), rounds=1, trips=50, losses=1)
+
+
+def serve(pipe: Connection) -> None:
+    """A peer that sends back what it gets: over links, and over bare pairs for names that begin with `bare`."""
+    torch.set_num_threads(1)
+    server = LinkServer(HOST, WAIT_S)
+    offer = server.offer()
+    pipe.send(offer)
+    while (asked := pipe.recv()) is not None:
+        name, num_rows = asked
+        try:
+            if name.startswith("bare"):
+                group = bare_pair(offer.port, name, 0)
+                rows = torch.empty(num_rows, HIDDEN)
+                while True:
+                    group.recv([rows], 1, 0).wait(timedelta(seconds=WAIT_S))
+                    if rows[0, 0] < 0:
+                        break
+                    group.send([rows], 1, 0).wait(timedelta(seconds=WAIT_S))
+            else:
+                link = server.accept(name)
+                while True:
+                    link.send(link.recv([TensorSpec((num_rows, HIDDEN))], WAIT_S), WAIT_S)
+        except PeerLostError:
+            continue
+
+
+def bare_pair(port: int, name: str, rank: int) -> dist.ProcessGroupGloo:
+    wait = timedelta(seconds=WAIT_S)
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=HOST)]
+    options._timeout = wait
+    store = dist.TCPStore(HOST, port, is_master=False, timeout=wait)
+    return dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, 2, options)
+
+
+class EchoPeer:
+    """The other process."""
+
+    def __init__(self) -> None:
+        context = get_context("spawn")
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=serve, args=(there,), daemon=True)
+        self._process.start()
+        self.offer = self._pipe.recv()
+
+    def link(self, num_rows: int) -> GlooLink:
+        name = uuid.uuid4().hex
+        self._pipe.send((name, num_rows))
+        return connect_link(self.offer, name, HOST, WAIT_S)
+
+    def bare(self, num_rows: int) -> dist.ProcessGroupGloo:
+        name = f"bare-{uuid.uuid4().hex}"
+        self._pipe.send((name, num_rows))
+        return bare_pair(self.offer.port, name, 1)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def median_s(trip: Callable[[], object], num_trips: int) -> float:
+    times = []
+    for _ in range(num_trips):
+        started = time.perf_counter()
+        trip()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def round_trips(peer: EchoPeer, num_rows: int, effort: Effort) -> tuple[float, float]:
+    """-> (over a link, over the bare pair) in seconds: the median of rounds that take turns."""
+    rows, back = torch.rand(num_rows, HIDDEN), torch.empty(num_rows, HIDDEN)
+    wait = timedelta(seconds=WAIT_S)
+    over_link, over_pair = [], []
+    for _ in range(effort.rounds):
+        link = peer.link(num_rows)
+
+        def ask(link: GlooLink = link) -> torch.Tensor:
+            link.send([rows], WAIT_S)
+            return link.recv([TensorSpec((num_rows, HIDDEN))], WAIT_S)[0]
+
+        over_link.append(median_s(ask, effort.trips))
+        if not torch.equal(ask(), rows):
+            raise AssertionError("a link changed what it carried")
+        link.close()
+        pair = peer.bare(num_rows)
+
+        def ask_bare(pair: dist.ProcessGroupGloo = pair) -> None:
+            pair.send([rows], 0, 0).wait(wait)
+            pair.recv([back], 0, 0).wait(wait)
+
+        over_pair.append(median_s(ask_bare, effort.trips))
+        pair.send([torch.full((num_rows, HIDDEN), -1.0)], 0, 0).wait(wait)
+    return statistics.median(over_link), statistics.median(over_pair)
+
+
+def time_to_loss(number: signal.Signals) -> float:
+    """Seconds from the signal to the error, for a reply that is due at `HUNG_DEADLINE_S`."""
+    peer = EchoPeer()
+    try:
+        link = peer.link(1)
+        spec = [TensorSpec((1, HIDDEN))]
+        link.send([torch.ones(1, HIDDEN)], WAIT_S)
+        link.recv(spec, WAIT_S)
+        started = time.perf_counter()
+        peer.signal(number)
+        try:
+            link.recv(spec, HUNG_DEADLINE_S)
+        except PeerLostError:
+            return time.perf_counter() - started
+        raise AssertionError("a peer that is gone sent something")
+    finally:
+        peer.end()
+
+
+def measure(effort: Effort) -> list[Row]:
+    torch.set_num_threads(1)
+    rows = []
+    peer = EchoPeer()
+    try:
+        for num_rows in effort.rows:
+            link_s, bare_s = round_trips(peer, num_rows, effort)
+            goal = "250 µs" if num_rows == 64 else ""
+            case = f"{num_rows}x{HIDDEN}"
+            note = "the bare gloo pair"
+            rows.append(Row(bench=BENCH, case=case, metric="round_trip_s", unit="s", value=link_s, baseline=bare_s,
+                            note=note, goal=goal))  # fmt: skip
+    finally:
+        peer.end()
+    for case, number, goal in (
+        ("peer killed", signal.SIGKILL, "5 ms"),
+        ("peer hung", signal.SIGSTOP, f"{HUNG_DEADLINE_S} s, its deadline"),
+    ):
+        losses = [time_to_loss(number) for _ in range(effort.losses)]
+        for metric, value in (("error_p50_s", statistics.median(losses)), ("error_max_s", max(losses))):
+            rows.append(Row(bench=BENCH, case=case, metric=metric, unit="s", value=value, goal=goal))
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m loadtests.links", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--quick", action="store_true", help="two sizes, once")
+    options = parser.parse_args(arguments)
+    rows = measure(QUICK if options.quick else Effort())
+    print_table(rows, Console())
+    if options.json is not None:
+        write_json(rows, options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
