@@ -10,28 +10,25 @@ import argparse
 import contextlib
 import signal
 import sys
-import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 from rich.console import Console
 
-from cluster.config import Settings, load
+from cluster.config import Settings
 from cluster.errors import ForetokenError
-from cluster.operate.state_file import Places
-from cluster.protocol import ClusterStatus, Role
+from cluster.protocol import Role
+from cluster.store.records import ClusterStatus
 from cluster.tables import print_rows
-from loadtests.cluster_process import NUM_NODES, LocalCluster
+from loadtests.cluster_process import NUM_NODES, LocalCluster, local_cluster, own_settings
 from loadtests.demo_stream import Stroke, watch
-from loadtests.processes import BenchError, Child, Server, environment, get, python_command, served_model
+from loadtests.processes import BenchError
 from loadtests.token_streams import TokenStream, compare
 
 START_S = 240.0
 WHOLE_S = 120.0  # until what was killed is there again
-END_S = 60.0  # until nothing is left of a cluster that was told to end
 POLL_S = 0.1
 INTERRUPTED = 130  # as a shell shows an interrupt
 CHAT: dict[str, Any] = {
@@ -99,96 +96,49 @@ def running(demo: Demo, settings: Settings) -> Iterator[LocalCluster]:
 
     Raises `BenchError` with the words of `cluster up` where that ends by itself.
     """
-    places = Places(settings)
-    with places.held():  # raises where another cluster has this name
-        stale = places.read()
-    arguments = ["--local", str(settings.local), "--port", str(settings.port), "--cluster-name", settings.cluster_name]
-    arguments += ["--attention-workers", str(settings.attention_workers)]
-    arguments += ["--expert-workers", str(settings.expert_workers)]
-    command = python_command("cluster.cli", "cluster", "up", *arguments)
     with contextlib.ExitStack() as stack:
-        with demo.step(f"foretoken cluster up --local {settings.local}") as found:
-            supervisor = stack.enter_context(_ending(demo, places, Child("cluster up", command, own_environment())))
-            cluster = _wait_started(demo, settings, supervisor, stale)
-            found.append(f"{settings.attention_workers + settings.expert_workers} workers on {settings.local} nodes")
-        yield cluster
+        try:
+            with demo.step(f"foretoken cluster up --local {settings.local}") as found:
+                cluster = stack.enter_context(local_cluster(settings))
+                with demo.console.status("starting"):
+                    cluster.wait_whole(START_S, _Teller(demo))
+                found.append(
+                    f"{settings.attention_workers + settings.expert_workers} workers on {settings.local} nodes"
+                )
+            yield cluster
+        except KeyboardInterrupt:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                demo.say("\nInterrupted: the cluster is told to end.", "bold yellow")
+            stack.close()
+            with contextlib.suppress(OSError):
+                demo.say("It has ended; nothing of it is left.")
+            raise
+        else:
+            with demo.step("The cluster is stopped (SIGTERM)") as found:
+                stack.close()
+                found.append("all processes have ended")
 
 
-def own_environment() -> dict[str, str]:
-    """Ours, without settings that are meant for other clusters."""
-    return {
-        name: value
-        for name, value in environment().items()
-        if name == "FORETOKEN_HOME" or not name.startswith(("FORETOKEN_", "RAY_"))
-    }
+class _Teller:
+    """Says of each part of a cluster once that it is up."""
 
+    def __init__(self, demo: Demo) -> None:
+        self._demo = demo
+        self._started = time.monotonic()
+        self._told: set[str] = set()
 
-@contextlib.contextmanager
-def _ending(demo: Demo, places: Places, supervisor: Child) -> Iterator[Child]:
-    try:
-        yield supervisor
-    except KeyboardInterrupt:
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            demo.say("\nInterrupted: the cluster is told to end.", "bold yellow")
-        _end(places, supervisor)
-        with contextlib.suppress(OSError):
-            demo.say("It has ended; nothing of it is left.")
-        raise
-    except BaseException:
-        _end(places, supervisor)
-        raise
-    else:
-        with demo.step("The cluster is stopped (SIGTERM)") as found:
-            _end(places, supervisor)
-            found.append("all processes have ended")
+    def __call__(self, cluster: LocalCluster) -> None:
+        for name, pid in cluster.children().items():
+            self._tell(name, f"{name} (process {pid}) {_what(name)}")
+        status = cluster.status()
+        for worker in () if status is None else status.workers:
+            if worker.condition == "serving":
+                self._tell(worker.name, f"{worker.name} (process {worker.pid}) serves on {worker.node_id}")
 
-
-def _end(places: Places, supervisor: Child) -> None:
-    supervisor.stop()
-    deadline = time.monotonic() + END_S
-    while places.is_held():  # it ends in order behind the command
-        if time.monotonic() > deadline:
-            raise BenchError(f"the cluster has not ended within {END_S:g} s; see the logs in {places.logs}")
-        time.sleep(POLL_S)
-
-
-def _wait_started(demo: Demo, settings: Settings, supervisor: Child, stale: object) -> LocalCluster:
-    """Until the cluster is whole; says what is up as it comes up."""
-    places = Places(settings)
-    deadline = time.monotonic() + START_S
-    started = time.monotonic()
-    told: set[str] = set()
-
-    def tell(thing: str, text: str) -> None:
-        if thing not in told:
-            told.add(thing)
-            demo.say(f"   {time.monotonic() - started:5.1f} s  {text}")
-
-    with demo.console.status("starting"):
-        while True:
-            _check(supervisor)
-            state = places.read()
-            if state is not None and state != stale:
-                for name, pid in state.children.items():
-                    tell(name, f"{name} (process {pid}) {_what(name)}")
-                cluster = LocalCluster(Server(state.url, ""), supervisor, settings)
-                if _tell_workers(cluster.status(), tell) and not cluster.problem() and _is_ready(state.url):
-                    return LocalCluster(Server(state.url, served_model(state.url)), supervisor, settings)
-            if time.monotonic() > deadline:
-                raise BenchError(f"no cluster after {START_S:g} s; see the logs in {places.logs}")
-            time.sleep(POLL_S)
-
-
-def _check(supervisor: Child) -> None:
-    """Raises `BenchError` with what `cluster up` said last, as it said it."""
-    try:
-        supervisor.check_alive()
-    except BenchError:
-        lines = textwrap.dedent(supervisor.last_lines()).strip()
-        start = lines.find("Error: ")
-        raise BenchError(
-            lines[start:].removeprefix("Error: ") if start >= 0 else f"cluster up ended: {lines}"
-        ) from None
+    def _tell(self, thing: str, text: str) -> None:
+        if thing not in self._told:
+            self._told.add(thing)
+            self._demo.say(f"   {time.monotonic() - self._started:5.1f} s  {text}")
 
 
 def _what(name: str) -> str:
@@ -199,23 +149,6 @@ def _what(name: str) -> str:
         "controller": "places the workers and their experts",
     }
     return about.get(name, "is another node of Ray")
-
-
-def _tell_workers(status: ClusterStatus | None, tell: Callable[[str, str], None]) -> bool:
-    """Whether any is known."""
-    workers = () if status is None else status.workers
-    for worker in workers:
-        if worker.condition == "serving":
-            tell(worker.name, f"{worker.name} (process {worker.pid}) serves on {worker.node_id}")
-    return bool(workers)
-
-
-def _is_ready(base_url: str) -> bool:
-    try:
-        get(base_url, "/health/ready")
-    except BenchError:
-        return False
-    return True
 
 
 # --------------------------------------------------------------------------------------------------- what is streamed
@@ -246,7 +179,7 @@ def undisturbed(demo: Demo, cluster: LocalCluster) -> TokenStream:
 def disturbed(demo: Demo, cluster: LocalCluster, role: Role, expected: TokenStream) -> None:
     """The same chat while a worker of `role` is killed; then until the cluster is whole again."""
     with demo.step(f"The same again, and an {role} worker is killed") as found:
-        num_resumed = _num_resumed(cluster)
+        num_resumed = cluster.num_resumed()
         stream, stroke = watch(demo.console, cluster, _body(cluster), role)
         if stroke is None:
             raise BenchError(f"the answer was over before an {role} worker could be killed: {stream.error or 'ok'}")
@@ -255,17 +188,11 @@ def disturbed(demo: Demo, cluster: LocalCluster, role: Role, expected: TokenStre
         if not is_equal:
             demo.faults.append(f"{stroke.name} was killed: {text}")
         if role == "attention":
-            if _num_resumed(cluster) == num_resumed:
+            if cluster.num_resumed() == num_resumed:
                 raise BenchError(f"{stroke.name} did not run this chat any more when it was killed; try again")
             found.append("resumed on another worker")
     with demo.step("Until the cluster is whole again") as found:
         found.append(_recovered(cluster, stroke))
-
-
-def _num_resumed(cluster: LocalCluster) -> int:
-    """How many requests the gateway has given to another worker."""
-    told = msgspec.json.decode(get(cluster.server.base_url, "/cluster"), type=dict[str, Any])
-    return int(told["gateway"]["requests_resumed"])
 
 
 def _body(cluster: LocalCluster) -> dict[str, Any]:
@@ -332,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(number, signal.default_int_handler)
     flags = {"local": NUM_NODES, "attention_workers": 2, "expert_workers": 2}
     try:
-        return run(demo, load({**flags, "cluster_name": given.cluster_name, "port": given.port}))
+        return run(demo, own_settings(**flags, cluster_name=given.cluster_name, port=given.port))
     except (BenchError, ForetokenError) as error:
         demo.say(f"\nError: {error}", "bold red")
         return 1

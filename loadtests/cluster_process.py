@@ -1,76 +1,94 @@
-"""A cluster on this machine for a load test: `foretoken cluster up --local`, and a look at what it is made of."""
+"""A cluster on this machine for load tests and the demo: `foretoken cluster up --local`, and what it is made of."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import secrets
+import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import msgspec
 
 from cluster.config import Settings, load
 from cluster.errors import StoreUnavailableError
-from cluster.operate.show import read_status
-from cluster.operate.state_file import Places, SupervisorState
-from cluster.protocol import ClusterStatus, Role
+from cluster.machine import free_port
+from cluster.operate.state_file import ClusterFiles, SupervisorState
+from cluster.operate.up import is_ready
 from cluster.store import open_store
-from loadtests.processes import BenchError, Child, Server, environment, free_port, get, python_command, served_model
+from cluster.store.records import STALE_S, ClusterStatus, read_status
+from loadtests.processes import BenchError, Child, Server, environment, get, python_command, served_model
 
 POLL_S = 0.1
 NUM_NODES = 3
-END_S = 60.0
+END_S = 60.0  # until nothing is left of a cluster that was told to end
+FLAGS = ("local", "port", "cluster_name", "attention_workers", "expert_workers")  # in the command
 
 
 @dataclass(frozen=True)
 class LocalCluster:
-    """A running cluster: where it answers, and which process is which."""
+    """A cluster: where it answers, and which process is which."""
 
-    server: Server
     supervisor: Child
     settings: Settings
+    stale: SupervisorState | None = None  # of a dead supervisor before ours
 
-    def state(self) -> SupervisorState:
-        """What its supervisor wrote. Raises `BenchError` where it has ended."""
-        self.supervisor.check_alive()
-        state = Places(self.settings).read()
-        if state is None:
-            raise BenchError(f"the cluster has no state file{self.supervisor.last_lines()}")
-        return state
+    @cached_property
+    def server(self) -> Server:
+        """Once it is ready."""
+        return Server(self.url, served_model(self.url))
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.settings.port}"
+
+    def state(self) -> SupervisorState | None:
+        """What its supervisor wrote last, if anything yet. Raises `BenchError` where it has ended, with its words."""
+        try:
+            self.supervisor.check_alive()
+        except BenchError:
+            lines = textwrap.dedent(self.supervisor.last_lines()).strip()
+            start = lines.find("Error: ")
+            said = lines[start:].removeprefix("Error: ") if start >= 0 else f"cluster up ended: {lines}"
+            raise BenchError(said) from None
+        state = ClusterFiles(self.settings).read()
+        return None if state == self.stale else state
+
+    def children(self) -> dict[str, int]:
+        """Process ids of the supervisor's children: controller, gateway, redis, ray-0 …; those that run now."""
+        state = self.state()
+        return {} if state is None else dict(state.children)
 
     def status(self) -> ClusterStatus | None:
         """What the controller last wrote; None while the store cannot be read."""
+        state = self.state()
+        return None if state is None else asyncio.run(self._look(state.store))
 
-        async def look() -> ClusterStatus | None:
-            store = open_store(self.state().store, namespace=self.settings.cluster_name)
-            try:
-                return await read_status(store)
-            except StoreUnavailableError:
-                return None
-            finally:
-                await store.close()
+    async def _look(self, url: str) -> ClusterStatus | None:
+        store = open_store(url, namespace=self.settings.cluster_name)
+        try:
+            return await read_status(store)
+        except StoreUnavailableError:
+            return None
+        finally:
+            await store.close()
 
-        return asyncio.run(look())
-
-    def pids(self, role: Role) -> list[int]:
-        """The serving workers of a role."""
-        status = self.status()
-        workers = () if status is None else status.workers
-        return [worker.pid for worker in workers if worker.role == role and worker.condition == "serving"]
-
-    def process(self, name: str) -> int | None:
-        """A child of the supervisor: controller, gateway, redis, ray-0 …; None while it is being started again."""
-        return self.state().children.get(name)
+    def num_resumed(self) -> int:
+        """How many requests the gateway has given to another worker."""
+        told = msgspec.json.decode(get(self.url, "/cluster"), type=dict[str, Any])
+        return int(told["gateway"]["requests_resumed"])
 
     def problem(self) -> str:
         """What is missing of the whole; "": nothing."""
-        names = {"controller", "gateway", *(f"ray-{i}" for i in range(self.settings.local or 0))}
-        if self.settings.store is None:
-            names.add("redis")
-        if missing := names - self.state().children.keys():
+        names = {"controller", "gateway", "redis", *(f"ray-{i}" for i in range(self.settings.local or 0))}
+        if missing := names - self.children().keys():
             return f"{', '.join(sorted(missing))} not running"
         status = self.status()
-        if status is None or time.time() - status.at_s > 3.0:
+        if status is None or time.time() - status.at_s > STALE_S:
             return "no fresh status"
         if status.problem:
             return status.problem
@@ -83,55 +101,73 @@ class LocalCluster:
         shards = [worker.num_experts for worker in serving if worker.role == "expert"]
         if min(shards, default=0) == 0 or sum(shards) != status.num_experts * status.num_layers:
             return f"experts held: {shards}"
-        return ""
+        return "" if is_ready(self.url) else "the gateway is not ready"
 
-    def wait_until_whole(self, timeout_s: float) -> float:
-        """Seconds until every process is there, every worker serves and the experts are shared out again."""
-        started = time.monotonic()
-        while problem := self.problem():
-            if time.monotonic() > started + timeout_s:
-                raise BenchError(f"the cluster is not whole after {timeout_s:g} s: {problem}")
+    def wait_whole(self, timeout_s: float, look: Callable[[LocalCluster], None] = lambda _: None) -> None:
+        """Until every process is there, every worker serves and the experts are shared out; `look` all the while.
+
+        Raises `BenchError` with what is missing where that takes longer, or where the cluster has ended.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            problem = self.problem()
+            look(self)
+            if not problem:
+                return
+            if time.monotonic() > deadline:
+                logs = ClusterFiles(self.settings).logs
+                raise BenchError(f"the cluster is not whole after {timeout_s:g} s: {problem}; see the logs in {logs}")
             time.sleep(POLL_S)
-        return time.monotonic() - started
+
+
+def own_settings(**given: Any) -> Settings:
+    """A cluster's settings: what is given, and none that the environment has for other clusters but the home.
+
+    Raises `ConfigError` for a value out of range. A port is found where none is given.
+    """
+    settings = load(given)
+    ours = {*given, "home"}
+    update = {name: field.get_default() for name, field in Settings.model_fields.items() if name not in ours}
+    return settings.model_copy(update={**update, "port": given.get("port") or free_port()})
+
+
+def own_environment(**changes: str) -> dict[str, str]:
+    """Ours, without settings that are meant for other clusters; with `changes`."""
+    inherited = environment()
+    kept = {n: v for n, v in inherited.items() if n == "FORETOKEN_HOME" or not n.startswith(("FORETOKEN_", "RAY_"))}
+    return kept | changes
 
 
 @contextlib.contextmanager
-def local_cluster(
+def local_cluster(settings: Settings, variables: Mapping[str, str] | None = None) -> Iterator[LocalCluster]:
+    """A cluster of the demo model that begins to start: see `wait_whole`. `variables` go into its environment.
+
+    However the block is left, nothing of it is left behind. `settings` are of `own_settings`. Raises `ConfigError`
+    where another cluster has its name, `BenchError` where it does not end.
+    """
+    files = ClusterFiles(settings)
+    with files.held():
+        stale = files.read()
+    flags = [text for name in FLAGS for text in (f"--{name.replace('_', '-')}", str(getattr(settings, name)))]
+    command = python_command("cluster.cli", "cluster", "up", *flags)
+    supervisor = Child("cluster up", command, own_environment(**(variables or {})))
+    try:
+        yield LocalCluster(supervisor, settings, stale)
+    finally:
+        supervisor.stop()
+        deadline = time.monotonic() + END_S
+        while files.is_held():  # it ends in order behind the command
+            if time.monotonic() > deadline:
+                raise BenchError(f"the cluster has not ended within {END_S:g} s; see the logs in {files.logs}")
+            time.sleep(POLL_S)
+
+
+@contextlib.contextmanager
+def whole_cluster(
     num_nodes: int = NUM_NODES, *, start_timeout_s: float, variables: Mapping[str, str] | None = None
 ) -> Iterator[LocalCluster]:
-    """A cluster of the demo model under a name of its own, ended afterwards. `variables` go into its environment.
-
-    Raises `BenchError` where it does not come up in time.
-    """
-    settings = load({"local": num_nodes, "port": free_port(), "cluster_name": f"loadtest-{secrets.token_hex(4)}"})
-    arguments = ["--local", str(num_nodes), "--port", str(settings.port), "--cluster-name", settings.cluster_name]
-    base_url = f"http://127.0.0.1:{settings.port}"
-    command = python_command("cluster.cli", "cluster", "up", *arguments)
-    started = time.monotonic()
-    with Child("foretoken cluster up", command, environment(**(variables or {}))) as supervisor:
-        while not _is_ready(base_url):
-            supervisor.check_alive()
-            if time.monotonic() > started + start_timeout_s:
-                raise BenchError(f"no cluster after {start_timeout_s:g} s{supervisor.last_lines()}")
-            time.sleep(POLL_S)
-        cluster = LocalCluster(Server(base_url, served_model(base_url)), supervisor, settings)
-        cluster.wait_until_whole(start_timeout_s)
+    """A `local_cluster` under a name of its own, once it is whole."""
+    settings = own_settings(local=num_nodes, cluster_name=f"loadtest-{secrets.token_hex(4)}")
+    with local_cluster(settings, variables) as cluster:
+        cluster.wait_whole(start_timeout_s)
         yield cluster
-    wait_ended(settings)
-
-
-def wait_ended(settings: Settings) -> None:
-    """Until the process behind `cluster up` has ended what it had started: the next measurement begins undisturbed."""
-    end = time.monotonic() + END_S
-    while Places(settings).is_held():
-        if time.monotonic() > end:
-            raise BenchError(f"the cluster {settings.cluster_name} did not end within {END_S:g} s")
-        time.sleep(POLL_S)
-
-
-def _is_ready(base_url: str) -> bool:
-    try:
-        get(base_url, "/health/ready")
-    except BenchError:
-        return False
-    return True

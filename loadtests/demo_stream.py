@@ -14,7 +14,8 @@ from typing import Any
 import aiohttp
 from rich.console import Console
 
-from cluster.protocol import ClusterStatus, Role, WorkerStatus
+from cluster.protocol import Role
+from cluster.store.records import ClusterStatus, WorkerStatus
 from loadtests.cluster_process import LocalCluster
 from loadtests.token_streams import TokenStream, read_stream
 

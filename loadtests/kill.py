@@ -1,9 +1,21 @@
 """`python loadtests/kill.py --seed S --kills N [--quick] --json FILE`: kill parts of a running cluster in mid-stream.
 
-A cluster of real processes is started on this machine. For each kill the same completions are streamed twice: once
+A cluster of real processes is started on this machine. For each kill the same requests are streamed twice: once
 undisturbed, then again while, at a seeded moment, one process is killed or stopped by a real signal. Both are compared
-token by token. A pause is a stream's longest wait between two events from the signal on; the next kill comes when the
-cluster is whole again.
+token by token, with logprobs, texts and ends. The next kill comes when the cluster is whole again, and before that no
+attention worker may have a KV page in use (`pages_leaked`).
+
+A kill counts only where it struck something: the worker had requests that another one went on with, Ray's nodes died
+of their head's absence, what was struck was there and had to be started again. One that struck nothing is repeated.
+
+`pause_p50_s` and `pause_p99_s` are over kills, of each the longest pause of any stream: from the sending to the first
+token, or between two events, where that ended after the signal. A fault may touch some of the streams only; theirs is
+the longest, or the kill is shown worse than it was. Of controller, Redis and Ray's head no stream may pause: theirs is
+the longest gap of any stream while the requests are sent again and again, until the cluster is whole. The baseline is
+the same of the undisturbed streams. `whole_p50_s` and `whole_p99_s` are from the signal until the cluster is whole: the
+process is back, every worker serves, the experts are shared out, and after a controller's fault another one leads.
+
+Exit code 0 only where every kill struck and nothing was lost, repeated, different, failed or leaked.
 """
 
 from __future__ import annotations
@@ -13,37 +25,32 @@ import asyncio
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 if __package__ in (None, ""):  # run as a file: its own folder is on the path then, not the packages'
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import aiohttp
 from rich.console import Console
 
 from cluster.control.model import DEMO_PATH
 from cluster.errors import ForetokenError
-from loadtests.cluster_process import LocalCluster, local_cluster
-from loadtests.faults import ENVIRONMENT, KINDS, Kind
+from loadtests.cluster_process import LocalCluster, whole_cluster
+from loadtests.faults import ENVIRONMENT, KINDS, Kind, look
+from loadtests.kill_round import Round, one_round
 from loadtests.measures import percentile
 from loadtests.processes import BenchError
 from loadtests.report import Row, print_table, write_json
-from loadtests.token_streams import Difference, TokenStream, compare, read_stream
-from loadtests.workload import random_prompts, word_ids
+from loadtests.token_streams import Difference
+from loadtests.workload import word_ids
 
 BENCH = "kill"
+COUNTED = "kills"  # the metric that every kind has, done or not
 START_S = 300.0
-STREAM_S = 180.0  # one stream, its pauses included
-WHOLE_S = 180.0  # until a cluster is whole again
-MOST_TOKENS_PER_S = 120  # of one stream: a kill that lasts must not outlast what runs
-EARLY_SHARE = 0.2  # of the kills, before the first token:
-SENT_S = 0.005  # so long after the requests were sent
-SETTLE_S = 0.5  # from the streams' end until what died is known to have died
-COUNTS = ("kills", "tokens_checked", "tokens_lost", "tokens_repeated", "tokens_differing", "requests_failed")
-PAUSES = ("pause_p50_s", "pause_p99_s")
+TRIES = 3  # of a kill that strikes nothing
+QUICK = ("expert", "attention", "redis")
+NO_PROCESS = "no process of this kind runs here"
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,8 @@ class Options:
     json_path: Path | None = None
 
     @property
-    def num_streams(self) -> int:
-        return 2 if self.quick else 4
+    def kinds(self) -> tuple[Kind, ...]:
+        return tuple(kind for kind in KINDS if not self.quick or kind.name in QUICK)
 
     @property
     def output_tokens(self) -> tuple[int, int]:
@@ -67,172 +74,191 @@ class Tally:
     """What the kills of one kind did."""
 
     kills: int = 0
-    difference: Difference = field(default_factory=lambda: Difference(0))
+    difference: Difference = field(default_factory=Difference)
     failed: int = 0
+    pages_leaked: int = 0
     pauses_s: list[float] = field(default_factory=list)
-    reason: str = ""  # why there was none
+    undisturbed_s: list[float] = field(default_factory=list)
+    whole_s: list[float] = field(default_factory=list)
+    num_missed: int = 0  # kills that were asked for and struck nothing at every try
+    reason: str = ""  # why there was none, or fewer than asked for
+
+    def add(self, done: Round) -> None:
+        """A round: what its streams lost counts even where it struck nothing."""
+        self.difference += done.difference
+        self.failed += done.failed
+        self.pages_leaked += done.pages_leaked
+        if not done.missed:
+            self.kills += 1
+            self.pauses_s.append(done.pause_s)
+            self.undisturbed_s.append(done.undisturbed_s)
+            self.whole_s.append(done.whole_s)
+
+    def sum_up(self, other: Tally) -> None:
+        self.kills += other.kills
+        self.difference += other.difference
+        self.failed += other.failed
+        self.pages_leaked += other.pages_leaked
+        self.pauses_s += other.pauses_s
+        self.undisturbed_s += other.undisturbed_s
+        self.whole_s += other.whole_s
+        self.num_missed += other.num_missed
+
+    @property
+    def faults(self) -> list[str]:
+        """What should not have happened, in words."""
+        found = [] if self.difference.is_none else [str(self.difference)]
+        found += [f"{self.failed} requests failed"] * bool(self.failed)
+        found += [f"{self.pages_leaked} KV pages leaked"] * bool(self.pages_leaked)
+        return found + [f"{self.num_missed} kills struck nothing: {self.reason}"] * bool(self.num_missed)
 
 
-def completions(
-    options: Options, rng: random.Random, words: Sequence[int], model: str, lasts_s: float
-) -> list[dict[str, Any]]:
-    """Greedy and sampled requests in turn, of mixed lengths, to a number of tokens that takes longer than `lasts_s`."""
-    longer = round(lasts_s * MOST_TOKENS_PER_S)
-    lengths = [rng.randint(8, 160) for _ in range(options.num_streams)]
-    return [
-        {
-            "model": model,
-            "prompt": prompt,
-            "max_tokens": rng.randint(*options.output_tokens) + longer,
-            "ignore_eos": True,
-            "temperature": 0.0 if index % 2 == 0 else 0.9,
-            "seed": rng.randrange(2**31),
-        }
-        for index, prompt in enumerate(random_prompts(words, lengths, rng.randrange(2**31)))
-    ]
-
-
-async def stream_all(
-    url: str, bodies: Sequence[dict[str, Any]], on_tokens: Callable[[int], None] = lambda _: None
-) -> list[TokenStream]:
-    streams = [TokenStream() for _ in bodies]
-    timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(timeout=timeout) as session, asyncio.TaskGroup() as group:
-        for body, stream in zip(bodies, streams, strict=True):
-            group.create_task(read_stream(session, f"{url}/v1/completions", body, stream, STREAM_S, on_tokens))
-    return streams
-
-
-async def disturbed(
-    url: str, bodies: Sequence[dict[str, Any]], strike: Callable[[], None], at_tokens: int
-) -> tuple[list[TokenStream], float]:
-    """Stream all of `bodies`, and call `strike` once `at_tokens` tokens have come; -> streams, and when that was."""
-    num_tokens = 0
-    struck_s = float("inf")
-
-    def count(tokens: int) -> None:
-        nonlocal num_tokens, struck_s
-        num_tokens += tokens
-        if num_tokens >= at_tokens and struck_s == float("inf"):
-            struck_s = time.monotonic()
-            strike()
-
-    early = asyncio.get_running_loop().call_later(SENT_S, count, 0)
-    streams = await stream_all(url, bodies, count)
-    early.cancel()
-    return streams, struck_s
-
-
-def one_kill(cluster: LocalCluster, kind: Kind, options: Options, rng: random.Random, words: Sequence[int]) -> Tally:
-    """Undisturbed, disturbed, compared. Raises `BenchError` where the cluster does not become whole again."""
-    bodies = completions(options, rng, words, cluster.server.model, kind.lasts_s)
-    expected = asyncio.run(stream_all(cluster.server.base_url, bodies))
-    if wrong := next((stream.error for stream in expected if stream.error), ""):
-        raise BenchError(f"an undisturbed request failed: {wrong}")
-    total = sum(body["max_tokens"] for body in bodies)
-    strike = kind.prepare(cluster, rng)
-    at_tokens = 0 if rng.random() < EARLY_SHARE else rng.randint(1, total // 4)
-    got, struck_s = asyncio.run(disturbed(cluster.server.base_url, bodies, strike, at_tokens))
-    tally = Tally(kills=1)
-    for one, other in zip(got, expected, strict=True):
-        tally.difference += compare(one.ids, other.ids)
-        tally.failed += bool(one.error)
-        if one.times_s and one.times_s[-1] > struck_s:
-            tally.pauses_s.append(one.pause_s(struck_s))
-    time.sleep(max(SETTLE_S, struck_s + kind.lasts_s - time.monotonic()))
-    cluster.wait_until_whole(WHOLE_S)
-    return tally
-
-
-def run(options: Options, say: Callable[[str], None]) -> dict[str, Tally]:
-    """`kills` kills, the kinds in seeded turns. Raises `BenchError` where no cluster can be had."""
+def run(options: Options, tallies: dict[str, Tally], say: Callable[[str], None]) -> None:
+    """`kills` kills, the kinds in seeded turns, into `tallies`. Raises `BenchError` where it cannot go on."""
     rng = random.Random(options.seed)
-    words = word_ids(DEMO_PATH)
-    tallies = {kind.name: Tally() for kind in KINDS}
     say("starting a cluster")
     started = time.monotonic()
-    with local_cluster(start_timeout_s=START_S, variables=ENVIRONMENT) as cluster:
-        cluster.wait_until_whole(WHOLE_S)
-        possible = []
-        for kind in KINDS:
-            tallies[kind.name].reason = kind.impossible(cluster)
-            if not tallies[kind.name].reason:
-                possible.append(kind)
+    with whole_cluster(start_timeout_s=START_S, variables=ENVIRONMENT) as cluster:
+        say(f"it is whole after {time.monotonic() - started:.0f} s")
+        possible = _possible(options, cluster, tallies)
         order: list[Kind] = []
         while len(order) < options.kills and possible:
             order += rng.sample(possible, len(possible))
         for number, kind in enumerate(order[: options.kills], start=1):
             say(f"kill {number} of {options.kills}: {kind.name}, {time.monotonic() - started:.0f} s after the start")
-            done = one_kill(cluster, kind, options, rng, words)
-            sum_up(tallies[kind.name], done)
-            say(f"  {done.difference}, longest pause {max(done.pauses_s, default=0.0):.2f} s")
-    for tally in tallies.values():
+            kill_once(options, cluster, kind, rng, tallies[kind.name], say)
+    for kind in possible:
+        tally = tallies[kind.name]
         if not tally.kills and not tally.reason:
             tally.reason = f"{options.kills} kills in all: none of this kind was drawn"
-    return tallies
 
 
-def sum_up(into: Tally, tally: Tally) -> None:
-    into.kills += tally.kills
-    into.difference += tally.difference
-    into.failed += tally.failed
-    into.pauses_s += tally.pauses_s
+def _possible(options: Options, cluster: LocalCluster, tallies: dict[str, Tally]) -> list[Kind]:
+    """The kinds that can be done; the others' tallies say why not."""
+    now = look(cluster)
+    if now is None:
+        raise BenchError("the status of a whole cluster cannot be read")
+    for kind in KINDS:
+        if kind not in options.kinds:
+            tallies[kind.name].reason = "left out by --quick"
+        elif not kind.names(now):
+            tallies[kind.name].reason = NO_PROCESS
+    return [kind for kind in options.kinds if not tallies[kind.name].reason]
+
+
+def kill_once(
+    options: Options,
+    cluster: LocalCluster,
+    kind: Kind,
+    rng: random.Random,
+    tally: Tally,
+    say: Callable[[str], None],
+) -> None:
+    """One kill that strikes something; after `TRIES` it is counted as not done."""
+    words = word_ids(DEMO_PATH)
+    for _ in range(TRIES):
+        done = asyncio.run(one_round(cluster, kind, rng, words, options.output_tokens))
+        tally.add(done)
+        said = f"  {done.difference}, {done.pages_leaked} pages leaked"
+        if done.failed:
+            said += f", {done.failed} requests failed: {done.first_error}"
+        if not done.missed:
+            pause = f"longest pause {done.pause_s:.2f} s (undisturbed {done.undisturbed_s:.2f} s)"
+            say(f"{said}, {pause}, whole after {done.whole_s:.1f} s")
+            return
+        say(f"{said}; it struck nothing: {done.missed}")
+    tally.num_missed += 1
+    tally.reason = done.missed
 
 
 def rows(tallies: dict[str, Tally]) -> list[Row]:
     """Every figure of every kind, then of all of them."""
     everything = Tally()
     for tally in tallies.values():
-        sum_up(everything, tally)
+        everything.sum_up(tally)
+    if not everything.kills:
+        everything.reason = "no kill was done"
     return [row for name, tally in [*tallies.items(), ("all", everything)] for row in _rows(name, tally)]
 
 
 def _rows(case: str, tally: Tally) -> list[Row]:
     difference = tally.difference
-    counts = (difference.checked, difference.lost, difference.repeated, difference.differing, tally.failed)
-    found = [Row(bench=BENCH, case=case, metric=COUNTS[0], unit="count", value=float(tally.kills), reason=tally.reason)]
-    found += [  # without a kill nothing was found, which is not the same as nothing lost
-        Row(
-            bench=BENCH,
-            case=case,
-            metric=metric,
-            unit="count",
-            value=float(count) if tally.kills else None,
-            reason=tally.reason,
-        )
-        for metric, count in zip(COUNTS[1:], counts, strict=True)
-    ]
-    ordered = sorted(tally.pauses_s)
-    none = tally.reason or "no stream was under way when the signal came"
+    note = f"{tally.num_missed} more struck nothing: {tally.reason}" if tally.num_missed and tally.kills else ""
+    found = [Row(bench=BENCH, case=case, metric=COUNTED, unit="count", value=float(tally.kills), note=note)]
+    if not tally.kills:
+        found = [Row(bench=BENCH, case=case, metric=COUNTED, unit="count", value=0.0, reason=tally.reason)]
+    counts = {
+        "tokens_checked": difference.checked,
+        "tokens_lost": difference.lost,
+        "tokens_repeated": difference.repeated,
+        "tokens_differing": difference.differing,
+        "logprobs_differing": difference.logprobs,
+        "texts_differing": difference.texts,
+        "requests_failed": tally.failed,
+        "pages_leaked": tally.pages_leaked,
+    }
+    was_tried = tally.kills or difference.checked  # otherwise nothing was found, which is not the same as nothing lost
+    for metric, count in counts.items():
+        value, reason = (float(count), "") if was_tried else (None, tally.reason)
+        found.append(Row(bench=BENCH, case=case, metric=metric, unit="count", value=value, reason=reason))
+    times: tuple[tuple[str, list[float], list[float]], ...] = (
+        ("pause", tally.pauses_s, tally.undisturbed_s),
+        ("whole", tally.whole_s, []),
+    )
     return found + [
-        Row(bench=BENCH, case=case, metric=metric, unit="s", value=percentile(ordered, percent))
-        if ordered
-        else Row(bench=BENCH, case=case, metric=metric, unit="s", reason=none)
-        for metric, percent in zip(PAUSES, (50, 99), strict=True)
+        _time(case, f"{name}_p{percent}_s", percent, values, baselines, tally.reason)
+        for name, values, baselines in times
+        for percent in (50, 99)
     ]
+
+
+def _time(case: str, metric: str, percent: int, values: list[float], baselines: list[float], reason: str) -> Row:
+    if not values:
+        return Row(bench=BENCH, case=case, metric=metric, unit="s", reason=reason)
+    baseline = percentile(sorted(baselines), percent) if baselines else None
+    value = percentile(sorted(values), percent)
+    return Row(bench=BENCH, case=case, metric=metric, unit="s", value=value, baseline=baseline)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="loadtests/kill.py", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--seed", type=int, default=0, help="of prompts, moments and victims")
-    parser.add_argument("--kills", type=int, default=3 * len(KINDS), help="in all; the kinds take turns")
-    parser.add_argument("--quick", action="store_true", help="one kill of each kind, fewer and shorter streams")
+    parser.add_argument(
+        "--kills",
+        type=int,
+        help=f"in all; the kinds take turns (default: {3 * len(KINDS)}, with --quick {len(QUICK)})",
+    )
+    parser.add_argument("--quick", action="store_true", help=f"of {', '.join(QUICK)} only, and shorter streams")
     parser.add_argument("--json", type=Path, dest="json_path", help="write the rows there as well")
     given = parser.parse_args(argv)
-    if given.kills < 1:
-        parser.error(f"--kills must be at least 1, not {given.kills}")
-    kills = min(given.kills, len(KINDS)) if given.quick else given.kills
+    kills = (len(QUICK) if given.quick else 3 * len(KINDS)) if given.kills is None else given.kills
+    if kills < 1:
+        parser.error(f"--kills must be at least 1, not {kills}")
     options = Options(given.seed, kills, given.quick, given.json_path)
     console = Console(stderr=True)
+
+    def say(text: str, style: str = "dim") -> None:
+        console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+    if options.quick and kills > len(QUICK):
+        say(f"{kills} kills take longer than the minute of --quick, which is for {len(QUICK)}")
+    tallies = {kind.name: Tally() for kind in KINDS}
     try:
-        measured = rows(run(options, lambda text: console.print(text, style="dim", highlight=False)))
+        run(options, tallies, say)
     except (BenchError, ForetokenError) as error:
-        console.print(f"Error: {error}", style="red", highlight=False)
+        for name, tally in tallies.items():
+            if tally.kills or tally.faults:
+                say(f"until then, {name}: {tally.kills} kills; {', '.join(tally.faults) or 'all tokens equal'}")
+        say(f"Error: {error}", "red")
         return 1
-    print_table(measured)
+    measured = rows(tallies)
+    print_table([row for row in measured if row.value is not None or row.metric == COUNTED])
     if options.json_path is not None:
         write_json(measured, options.json_path)
-    return 0
+    faults = [f"{name}: {fault}" for name, tally in tallies.items() for fault in tally.faults]
+    for fault in faults:
+        say(fault, "bold red")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

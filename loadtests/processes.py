@@ -7,7 +7,6 @@ import http.client
 import os
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from cluster.control.launch import python_path
+from cluster.environment import python_path
+from cluster.machine import free_port
 
 STOP_TIMEOUT_S = 20.0
 POLL_S = 0.01
@@ -156,12 +156,6 @@ class Server:
     first_token_s: float | None = None  # from the command to the first token, where it was ours to start
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @contextlib.contextmanager
 def connected(base_url: str, timeout_s: float = HTTP_TIMEOUT_S) -> Iterator[http.client.HTTPConnection]:
     """A connection to a server; its methods raise `OSError` or `HTTPException`."""
@@ -240,13 +234,18 @@ def _ask_for_one_token(base_url: str, model: str, prompt_ids: Sequence[int]) -> 
 
 @contextlib.contextmanager
 def own_server(
-    model: str | None, prompt_ids: Sequence[int], *flags: str, num_threads: int, deadline_s: float
+    model: str | None,
+    prompt_ids: Sequence[int],
+    *flags: str,
+    num_threads: int,
+    deadline_s: float,
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """`foretoken serve [model] flags` on a free port, ended afterwards."""
+    """`foretoken serve [model] flags` on a free port, ended afterwards. `env` None: ours."""
     port = free_port()
     base_url = f"http://127.0.0.1:{port}"
     arguments = [*([model] if model else []), "--port", str(port), "--num-threads", str(num_threads), *flags]
     started = time.perf_counter()
-    with Child("foretoken serve", python_command("cluster.cli", "serve", *arguments), environment()) as child:
+    with Child("foretoken serve", python_command("cluster.cli", "serve", *arguments), env or environment()) as child:
         name = wait_for_first_token(child, base_url, prompt_ids, deadline_s)
         yield Server(base_url, name, time.perf_counter() - started)

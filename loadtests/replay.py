@@ -22,7 +22,7 @@ from cluster.config import load as load_settings
 from cluster.control.model import DEMO_PATH
 from cluster.errors import ForetokenError
 from cluster.machine import this_machine
-from loadtests.cluster_process import local_cluster
+from loadtests.cluster_process import own_environment, whole_cluster
 from loadtests.measures import Slo
 from loadtests.processes import BenchError, LineProcess, Server, own_server
 from loadtests.report import Row, print_table, write_json
@@ -103,13 +103,14 @@ def run(options: Options, say: Callable[[str], None]) -> list[Row]:
 
     @contextlib.contextmanager
     def cluster() -> Iterator[Server]:
-        with local_cluster(options.local, start_timeout_s=START_S) as started:
+        with whole_cluster(options.local, start_timeout_s=START_S) as started:
             yield started.server
 
+    alone = own_server(None, words[:8], num_threads=num_threads, deadline_s=START_S, env=own_environment())
     results = []
     with LineProcess("loadtests.generator", "--lines") as generator:
         for name, server in (
-            ("one worker", own_server(None, words[:8], num_threads=num_threads, deadline_s=START_S)),
+            ("one worker", alone),
             ("the cluster", cluster()),
         ):
             say(f"starting {name}")

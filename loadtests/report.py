@@ -17,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from cluster.control.launch import PACKAGES
+from cluster.environment import PACKAGES
 from cluster.machine import this_machine
 
 GIT_TIMEOUT_S = 5.0

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loadtests.processes import Child, Server, environment, free_port, wait_for_first_token
+from cluster.machine import free_port
+from loadtests.processes import Child, Server, environment, wait_for_first_token
 
 BODY: dict[str, Any] = {"cache_prompt": False}  # of each request: prompts are computed, as everywhere else
 

@@ -14,7 +14,7 @@ import pytest
 
 from cluster.config import load
 from cluster.operate.children import marked
-from cluster.operate.state_file import Places, SupervisorState
+from cluster.operate.state_file import ClusterFiles, SupervisorState
 from tests.support.cluster_up import clean_environment, wait_state
 
 pytestmark = [pytest.mark.needs("ray", "redis", "linux", "demo"), pytest.mark.timeout(300)]
@@ -25,7 +25,7 @@ DEADLINE_S = 240.0
 
 class Running:
     def __init__(self, home: Path) -> None:
-        self.places = Places(load({"home": home, "cluster_name": "demo"}))
+        self.files = ClusterFiles(load({"home": home, "cluster_name": "demo"}))
         self._log = home / "demo.log"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -48,8 +48,8 @@ class Running:
             time.sleep(0.05)
 
     def assert_nothing_is_left(self, state: SupervisorState) -> None:
-        assert not self.places.is_held()
-        assert self.places.read() is None
+        assert not self.files.is_held()
+        assert self.files.read() is None
         assert marked(state.run_id) == []
         assert not Path(state.folder).exists()
 
@@ -60,7 +60,7 @@ def running(tmp_path: Path) -> Running:
 
 
 def test_all_of_it(running: Running) -> None:
-    state = wait_state(running.places)
+    state = wait_state(running.files)
     assert running.process.wait(DEADLINE_S) == 0, running.output
     told = running.output
     assert "every token was the same" in told
@@ -71,7 +71,7 @@ def test_all_of_it(running: Running) -> None:
 
 
 def test_an_interrupt_ends_the_cluster(running: Running) -> None:
-    state = wait_state(running.places)
+    state = wait_state(running.files)
     running.wait(lambda: "is the head of Ray" in running.output)
     os.kill(running.process.pid, signal.SIGINT)
     assert running.process.wait(DEADLINE_S) == 130, running.output

@@ -22,13 +22,14 @@ from aiohttp import web
 from rich.console import Console
 
 from cluster.config import load
-from cluster.operate.state_file import Places
-from cluster.protocol import ClusterStatus, EngineState, Role, WorkerStatus
-from loadtests.cluster_demo import Demo, own_environment, status_rows, verdict
+from cluster.operate.state_file import ClusterFiles
+from cluster.protocol import EngineState, Role
+from cluster.store.records import ClusterStatus, WorkerStatus
+from loadtests.cluster_demo import Demo, status_rows, verdict
 from loadtests.cluster_process import LocalCluster
 from loadtests.demo_stream import KILL_AFTER, about, victim, watch
 from loadtests.processes import Server
-from loadtests.token_streams import TokenStream
+from loadtests.token_streams import Sample, TokenStream
 
 ROOT = Path(__file__).resolve().parents[3]
 DEADLINE_S = 60.0
@@ -56,7 +57,7 @@ def _status(*workers: WorkerStatus, at_s: float = 10.0) -> ClusterStatus:
 
 
 def _stream(ids: list[int], error: str = "") -> TokenStream:
-    return TokenStream(ids=ids, error=error, is_done=not error)
+    return TokenStream(samples=[Sample(ids)], error=error, is_done=not error)
 
 
 STATUS = _status(
@@ -119,15 +120,6 @@ def test_the_exit_code_and_the_last_words_tell_the_same(faults: list[str], code:
     assert "61.2" in shown
     assert ("every token was the same" in shown) == (code == 0)
     assert all(fault in shown for fault in faults)
-
-
-def test_settings_for_other_clusters_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORETOKEN_HOME", "/h")
-    monkeypatch.setenv("FORETOKEN_STORE", "redis://elsewhere")
-    monkeypatch.setenv("RAY_ADDRESS", "elsewhere:1")
-    ours = own_environment()
-    assert ours["FORETOKEN_HOME"] == "/h"
-    assert not {"FORETOKEN_STORE", "RAY_ADDRESS"} & set(ours)
 
 
 # ---------------------------------------------------------------------------------------------------- a watched stream
@@ -251,7 +243,7 @@ def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
 
 
 def test_another_cluster_of_its_name_is_one_line(tmp_path: Path) -> None:
-    with Places(load({"home": tmp_path, "cluster_name": "demo"})).held():
+    with ClusterFiles(load({"home": tmp_path, "cluster_name": "demo"})).held():
         told = _last_line(_demo(tmp_path))
     assert told.startswith("Error: a cluster called demo runs on this machine: stop it with")
     assert "foretoken cluster down --cluster-name demo" in told

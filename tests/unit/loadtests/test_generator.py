@@ -12,10 +12,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from cluster.machine import free_port
 from loadtests import generator
 from loadtests.generator import StreamReader, result_of
 from loadtests.measures import Record
-from loadtests.processes import LineProcess, free_port
+from loadtests.processes import LineProcess
 from tests.support.openai_server import DEADLINE_S, OpenAIServer, Reply, running
 
 

@@ -1,35 +1,52 @@
-"""What `loadtests/kill.py` reports: every kind and all of them, token by token."""
+"""What `loadtests/kill.py` reports: every kind and all of them, token by token, and no failure hidden."""
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from cluster.control.launch import PACKAGES
-from loadtests.faults import KINDS, Kind
-from loadtests.kill import COUNTS, PAUSES, Options, Tally, completions, rows, sum_up
+from cluster.environment import PACKAGES
+from loadtests import kill
+from loadtests.cluster_process import LocalCluster
+from loadtests.faults import KINDS
+from loadtests.kill import QUICK, TRIES, Options, Tally, kill_once, main, rows
+from loadtests.kill_round import Round
 from loadtests.report import as_json
 from loadtests.token_streams import Difference
 
-OPTIONS = Options(seed=1, kills=2)
+COUNTS = ("kills", "tokens_checked", "tokens_lost", "tokens_repeated", "tokens_differing", "requests_failed")
+PAUSES = ("pause_p50_s", "pause_p99_s")
+BESIDE = ("logprobs_differing", "texts_differing", "pages_leaked", "whole_p50_s", "whole_p99_s")
+GOOD = Round(Difference(50), pause_s=0.3, undisturbed_s=0.1, whole_s=4.0)
+MISSED = Round(Difference(50), missed="no request had to leave attention-0")
+
+
+def _tally(*rounds: Round) -> Tally:
+    tally = Tally()
+    for done in rounds:
+        tally.add(done)
+    return tally
 
 
 def _tallies() -> dict[str, Tally]:
-    return {
-        "expert": Tally(2, Difference(100, lost=1), 1, [0.1, 0.3]),
-        "redis": Tally(reason="no process of this kind runs here"),
-    }
+    bad = Round(Difference(50, lost=1, texts=1), failed=1, pages_leaked=2, pause_s=0.1, undisturbed_s=0.1, whole_s=2.0)
+    return {"expert": _tally(GOOD, bad), "redis": Tally(reason="no process of this kind runs here")}
 
 
 def test_every_kind_and_all_have_every_figure() -> None:
     found = {(row.case, row.metric): row for row in rows(_tallies())}
-    assert set(found) == {(case, metric) for case in ("expert", "redis", "all") for metric in (*COUNTS, *PAUSES)}
+    metrics = (*COUNTS, *PAUSES, *BESIDE)
+    assert set(found) == {(case, metric) for case in ("expert", "redis", "all") for metric in metrics}
     assert [found["all", metric].value for metric in COUNTS] == [2, 100, 1, 0, 0, 1]
+    assert found["all", "pages_leaked"].value == 2
     assert found["expert", "pause_p50_s"].value == pytest.approx(0.2)
+    assert found["expert", "pause_p50_s"].baseline == pytest.approx(0.1)
+    assert found["expert", "whole_p50_s"].value == pytest.approx(3.0)
 
 
 def test_a_kind_that_cannot_be_done_says_so_beside_its_zero() -> None:
@@ -39,29 +56,108 @@ def test_a_kind_that_cannot_be_done_says_so_beside_its_zero() -> None:
     assert {(row.value, row.reason) for row in others} == {(None, "no process of this kind runs here")}
 
 
-def test_tallies_add_up() -> None:
-    total = Tally()
-    for tally in _tallies().values():
-        sum_up(total, tally)
-    assert (total.kills, total.difference, total.failed, total.pauses_s) == (2, Difference(100, 1), 1, [0.1, 0.3])
+def test_what_a_kill_that_struck_nothing_lost_is_not_hidden() -> None:
+    tally = _tally(Round(Difference(50, lost=2), missed="it was over"))
+    tally.num_missed, tally.reason = 1, "it was over"
+    found = {row.metric: row for row in rows({"attention": tally}) if row.case == "attention"}
+    assert (found["kills"].value, found["kills"].reason) == (0.0, "it was over")
+    assert found["tokens_lost"].value == 2
+    assert found["pause_p99_s"].value is None
 
 
-def test_requests_are_seeded_and_mixed() -> None:
-    words = list(range(100, 300))
-    first, again, other = (completions(OPTIONS, random.Random(seed), words, "m", 0.0) for seed in (1, 1, 2))
-    assert first == again != other
-    assert {body["temperature"] for body in first} == {0.0, 0.9}
-    longer = completions(OPTIONS, random.Random(1), words, "m", lasts_s=8.0)
-    assert all(more["max_tokens"] > body["max_tokens"] + 500 for more, body in zip(longer, first, strict=True)), (
-        "what is struck for eight seconds must run for longer"
-    )
+@pytest.mark.parametrize(
+    ("done", "fault"),
+    [
+        (Round(Difference(50, lost=1)), "1 lost"),
+        (Round(Difference(50, repeated=1)), "1 repeated"),
+        (Round(Difference(50, differing=1)), "1 differing"),
+        (Round(Difference(50, logprobs=1)), "1 logprobs differing"),
+        (Round(Difference(50, texts=1)), "1 texts differing"),
+        (Round(Difference(50), failed=1), "1 requests failed"),
+        (Round(Difference(50), pages_leaked=3), "3 KV pages leaked"),
+    ],
+)
+def test_each_fault_is_one(done: Round, fault: str) -> None:
+    (said,) = _tally(GOOD, done).faults
+    assert fault in said
+    assert _tally(GOOD).faults == []
 
 
-def test_kinds_are_those_of_the_cluster() -> None:
-    assert [kind.name for kind in KINDS] == [
-        "expert", "expert_hung", "attention", "attention_hung", "controller", "redis", "ray_head",
-    ]  # fmt: skip
-    assert all(isinstance(kind, Kind) and kind.lasts_s >= 0 for kind in KINDS)
+# -------------------------------------------------------------------------------------------- kills that strike nothing
+
+
+def _kill_once(monkeypatch: pytest.MonkeyPatch, *rounds: Round) -> tuple[Tally, list[str]]:
+    """One kill whose tries go like that."""
+    left: Iterator[Round] = iter(rounds)
+
+    async def one_round(*_: Any) -> Round:
+        return next(left)
+
+    monkeypatch.setattr(kill, "one_round", one_round)
+    said: list[str] = []
+    tally = Tally()
+    kill_once(Options(0, 1), cast(LocalCluster, None), KINDS[0], cast(Any, None), tally, said.append)
+    assert next(left, None) is None, "it was not tried again"
+    return tally, said
+
+
+def test_a_kill_that_struck_nothing_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    tally, said = _kill_once(monkeypatch, MISSED, GOOD)
+    assert (tally.kills, tally.num_missed, tally.difference.checked) == (1, 0, 100)
+    assert tally.faults == []
+    assert "it struck nothing: no request had to leave attention-0" in said[0]
+
+
+def test_a_kill_that_never_strikes_is_not_done_and_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    tally, _ = _kill_once(monkeypatch, *[MISSED] * TRIES)
+    assert (tally.kills, tally.num_missed) == (0, 1)
+    assert tally.faults == ["1 kills struck nothing: no request had to leave attention-0"]
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(("bad", "code"), [({}, 0), ({"lost": 1}, 1)])
+def test_the_exit_code_tells(bad: dict[str, int], code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(options: Options, tallies: dict[str, Tally], say: Any) -> None:
+        for tally in tallies.values():
+            tally.reason = "none was drawn"
+        tallies["expert"] = _tally(Round(Difference(50, **bad), pause_s=0.1, undisturbed_s=0.1, whole_s=1.0))
+
+    monkeypatch.setattr(kill, "run", run)
+    path = tmp_path / "kill.json"
+    assert main(["--json", str(path)]) == code
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kills", "is_told"),
+    [
+        ([], 3 * len(KINDS), False),
+        (["--quick"], len(QUICK), False),
+        (["--quick", "--kills", "2"], 2, False),
+        (["--quick", "--kills", "9"], 9, True),
+    ],
+)
+def test_as_many_kills_are_done_as_were_asked_for(
+    arguments: list[str],
+    kills: int,
+    is_told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen: list[Options] = []
+
+    def run(options: Options, tallies: dict[str, Tally], say: Any) -> None:
+        seen.append(options)
+        for tally in tallies.values():
+            tally.reason = "none was drawn"
+
+    monkeypatch.setattr(kill, "run", run)
+    assert main(arguments) == 0
+    assert seen[0].kills == kills
+    assert {kind.name for kind in seen[0].kinds} == set(QUICK if seen[0].quick else [kind.name for kind in KINDS])
+    assert ("take longer than the minute" in capsys.readouterr().err) == is_told
 
 
 def test_it_runs_as_a_file(tmp_path: Path) -> None:

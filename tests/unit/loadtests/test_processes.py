@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from cluster.machine import free_port
 from loadtests.processes import (
     BenchError,
     Child,
     LineProcess,
     counters,
     environment,
-    free_port,
     get,
     served_model,
     started_together,
