@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 SERVICE = "foretoken.Worker"
 STREAM_METHOD = f"/{SERVICE}/Stream"  # ToWorker stream -> FromWorker stream
 STATE_METHOD = f"/{SERVICE}/State"  # empty -> EngineState
@@ -77,6 +77,14 @@ class Launch(Message, frozen=True):
     peer_timeout_s: float = 2.0  # for a peer's answer, besides what its work takes
     reroute_timeout_s: float = 30.0  # a step waits so long for experts that nobody holds; then its requests fail
     orphan_timeout_s: float | None = None  # it ends itself when no controller was there for so long; None: never
+    # It ends itself when its engine's thread neither finished a layer nor looked for work for so long: a layer of a
+    # full step takes seconds at most on whatever is worth serving from.
+    stuck_after_s: float = 120.0
+
+    def __repr__(self) -> str:
+        """Without the token: it must not come into a log or a traceback."""
+        shown = self if self.token is None else msgspec.structs.replace(self, token="***")
+        return super(Launch, shown).__repr__()
 
 
 class Announcement(Message, frozen=True):
@@ -166,15 +174,21 @@ ToWorker = Submit | Abort
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """A worker's first message on a stream: what it serves."""
+    """A worker's first message on a stream: what it serves.
+
+    Two workers with the same `checkpoint` and `dtype` have the same model. In the class `invariant` those with the same
+    `arithmetic` and `page_size` as well compute the same tokens; in the class `fast` nobody promises that.
+    """
 
     version: int
     worker_id: str  # new at every start of the process
     served_name: str
     max_model_len: int
     vocab_size: int
-    eos_token_ids: tuple[int, ...]
-    numerics: str
+    checkpoint: str  # a digest of the model's folder: `workers.models.fingerprint`
+    dtype: str  # of its weights on the device: "float32"
+    numerics: str  # the class: invariant or fast
+    arithmetic: str  # what computes it: kernels, libraries, instruction set (`workers.numerics.arithmetic`)
     num_pages: int
     page_size: int
     model_type: str
@@ -228,7 +242,10 @@ class StepOutput(Message, frozen=True, tag="step"):
 
 
 class Beat(Message, frozen=True, tag="beat"):
-    """The worker lives and had nothing to say for `heartbeat_s`."""
+    """The worker lives and had nothing to say for `heartbeat_s`.
+
+    It vouches for the engine too: a worker whose engine's thread hangs ends itself (`stuck_after_s`).
+    """
 
 
 FromWorker = Hello | StepOutput | Beat
@@ -293,11 +310,7 @@ class Route(Message, frozen=True, tag="route"):
     owners: tuple[tuple[tuple[int, ...], ...], ...]  # by layer, by expert: places in `peers`, the preferred first
 
 
-class Stop(Message, frozen=True, tag="stop"):
-    """End, after what runs has finished (`drain_timeout_s`)."""
-
-
-ToControlled = Lead | Assign | Route | Stop
+ToControlled = Lead | Assign | Route
 
 
 class WorkerReport(Message, frozen=True):
@@ -305,10 +318,6 @@ class WorkerReport(Message, frozen=True):
 
     worker_id: str
     name: str
-    role: Role
-    node_id: str
-    pid: int
-    address: str
     epoch: int  # the highest seen
     assign_version: int = 0  # the last assignment that is in effect
     experts: tuple[tuple[int, ...], ...] = ()  # by layer: what it holds now
@@ -332,54 +341,3 @@ class OpenLink(Message, frozen=True):
 class LinkOffer(Message, frozen=True):
     host: str
     port: int
-
-
-# ------------------------------------------------------------------------------------------------ values in the store
-
-
-class WorkerRecord(Message, frozen=True):
-    """`workers/<name>`: a worker that was started and is not known to have ended. Written by who started it."""
-
-    name: str
-    role: Role
-    node_id: str
-    device_id: str
-    address: str
-    worker_id: str
-    pid: int
-    memory_bytes: int
-    kv_bytes: int = 0
-
-
-class NodeStatus(Message, frozen=True):
-    node_id: str
-    memory_bytes: int
-    devices: tuple[str, ...] = ()
-    is_alive: bool = True
-
-
-class WorkerStatus(Message, frozen=True):
-    name: str
-    role: Role
-    node_id: str
-    address: str
-    pid: int
-    condition: Literal["starting", "serving", "lost"]
-    num_experts: int = 0  # held, over all layers
-    shards: tuple[tuple[int, ...], ...] = ()  # by layer: the experts that it holds
-    state: EngineState = EngineState()
-
-
-class ClusterStatus(Message, frozen=True):
-    """`status/cluster`: what the controller last saw, for people."""
-
-    cluster: str
-    model: str
-    epoch: int
-    controller_id: str
-    at_s: float  # time.time()
-    num_layers: int
-    num_experts: int
-    nodes: tuple[NodeStatus, ...] = ()
-    workers: tuple[WorkerStatus, ...] = ()
-    problem: str | None = None  # why the cluster is not as it should be

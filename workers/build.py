@@ -23,6 +23,7 @@ from workers.experts.shard import ExpertIds, Shard
 from workers.kernels.build import build_host_kernels
 from workers.kernels.native import HostKernels
 from workers.models.decoder import Decoder
+from workers.models.fingerprint import fingerprint
 from workers.models.loader import empty_weights, eos_token_ids, load_experts, load_model, open_checkpoint
 from workers.models.spec import ModelSpec
 from workers.models.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ KV_SHARE = 0.5  # of what is free once the weights are loaded
 class BuiltEngine:
     engine: Engine
     num_parameters: int  # of the whole model
+    fingerprint: str  # of the checkpoint
     experts: RoutedExperts | None = None  # of the role attention: the engine steps while they are `ready`
 
 
@@ -190,7 +192,8 @@ def build_engine(
     decoder = Decoder(spec, weights, experts, numerics, num_positions=max_model_len)
     engine = Engine(decoder, Tokenizer(path), eos_token_ids(path), options, model_name=launch.served_name)
     whole = weights if is_whole else empty_weights(spec, torch.device("meta"), dtype)
-    return BuiltEngine(engine, num_parameters(whole), experts if isinstance(experts, RoutedExperts) else None)
+    routed = experts if isinstance(experts, RoutedExperts) else None
+    return BuiltEngine(engine, num_parameters(whole), fingerprint(path), routed)
 
 
 def build_expert_host(launch: Launch) -> ExpertHost:

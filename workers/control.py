@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import msgspec
 
-from cluster.protocol import Lead, Stop, ToControlled, WorkerReport
+from cluster.protocol import Lead, ToControlled, WorkerReport
 from workers.lease import Lease
 from workers.orders import Orders, Subject
 
@@ -48,14 +48,12 @@ class ControlService:
         lease: Lease,
         *,
         report: Callable[[], WorkerReport],
-        stop: Callable[[], None],
         heartbeat_s: float,
     ) -> None:
-        """`report` gives what is the same for every worker; `stop` does as SIGTERM does."""
+        """`report` gives what is the same for every worker."""
         self._subject = subject
         self._lease = lease
         self._base_report = report
-        self._stop = stop
         self._heartbeat_s = heartbeat_s
         self._leader: Lead | None = None
         self._session: _Session | None = None  # the leader's
@@ -142,9 +140,6 @@ class ControlService:
         if isinstance(message, Lead):
             if not self._admit(session, message):
                 session.end()
-        elif isinstance(message, Stop):
-            log.info("the controller says stop")
-            self._stop()
         else:
             self._orders.put(message)
             session.changed.set()  # the last order's error is of no more interest

@@ -1,4 +1,4 @@
-"""The lease that a controller renews. A worker that nobody controls any more ends itself: nobody else would."""
+"""A lease that somebody renews: a controller, or the engine's thread. When it runs out, the worker ends itself."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ LAST_WORDS_S = 1.0  # for the log line: whoever reads standard error may hang
 class Lease:
     """Ends the process when `renew` was not called for `timeout_s`, by a thread of its own: an event loop may hang."""
 
-    def __init__(self, timeout_s: float | None, die: Callable[[], None] = lambda: os._exit(1)) -> None:
-        """`timeout_s` None: it lasts for ever."""
+    def __init__(self, timeout_s: float | None, last_words: str, die: Callable[[], None] = lambda: os._exit(1)) -> None:
+        """`timeout_s` None: it lasts for ever. `last_words`: why it ended, with ``{:g}`` for the time."""
         self._timeout_s = timeout_s
+        self._last_words = last_words
         self._die = die
         self._renewed = threading.Event()
+        self._ended = threading.Event()
 
     def start(self) -> None:
         if self._timeout_s is not None:
@@ -30,11 +32,16 @@ class Lease:
     def renew(self) -> None:
         self._renewed.set()
 
+    def end(self) -> None:
+        """Nobody will renew it any more, and that is as it should be."""
+        self._ended.set()
+
     def _watch(self, timeout_s: float) -> None:
         pause_s = timeout_s / LOOKS
         silent_s, before = 0.0, time.monotonic()
         while silent_s < timeout_s:
-            time.sleep(pause_s)
+            if self._ended.wait(pause_s):
+                return
             now = time.monotonic()
             if self._renewed.is_set():
                 self._renewed.clear()
@@ -49,4 +56,4 @@ class Lease:
         self._die()
 
     def _say_why(self, timeout_s: float) -> None:
-        log.critical("no controller was heard of for %g s (orphan_timeout_s): this worker ends itself", timeout_s)
+        log.critical("%s: this worker ends itself", self._last_words.format(timeout_s))

@@ -11,12 +11,16 @@ chain of additions there, whatever the batch.
 
 from __future__ import annotations
 
+import hashlib
+import os
+import platform
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
+from workers.kernels.build import processor
 from workers.kernels.native import HostKernels
 
 ROW_BLOCKS = (None, 16)  # tried in this order; None: the library is invariant by itself
@@ -35,6 +39,27 @@ class Numerics:
 
 
 FAST = Numerics("fast")
+
+
+def arithmetic(numerics: Numerics, device: torch.device) -> str:
+    """What computes here, in words: workers of one release that say the same get the same bits out of the same ops.
+
+    The host kernels are known by their machine code, which holds compiler, flags and instruction set. What torch does
+    depends on its own version, on the processor that its libraries choose their kernels by, and on its threads, which
+    cut sums into parts.
+    """
+    torch_is = f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}, {' '.join(platform.libc_ver())}"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = torch.cuda.get_device_name(device)
+        return f"{torch_is}, {name} sm_{major}{minor}, CUDA {torch.version.cuda}, row block {numerics.row_block}"
+    if numerics.native is not None:
+        return f"{torch_is}, host kernels {numerics.native.digest}"
+    chip = hashlib.blake2b(processor().encode(), digest_size=4).hexdigest()
+    return (
+        f"{torch_is}, {torch.get_num_threads()} threads, processor {chip}, "
+        f"MKL_CBWR {os.environ.get('MKL_CBWR', 'unset')}, row block {numerics.row_block}"
+    )
 
 
 def linear_in_blocks(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> torch.Tensor:

@@ -72,7 +72,7 @@ class Worker:
         self._launch = launch
         self._worker_id = uuid.uuid4().hex
         self._address = launch.address
-        self._lease = Lease(launch.orphan_timeout_s)
+        self._lease = Lease(launch.orphan_timeout_s, "no controller was heard of for {:g} s (orphan_timeout_s)")
         self._loop = asyncio.get_running_loop()
         self._stop, self._now = asyncio.Event(), asyncio.Event()
         self._service: Service
@@ -93,12 +93,10 @@ class Worker:
                 built.experts.on_change = on_change
 
     def _controlled(self, subject: Subject) -> ControlService:
-        return ControlService(
-            subject, self._lease, report=self._report, stop=self._stop.set, heartbeat_s=self._launch.heartbeat_s
-        )
+        return ControlService(subject, self._lease, report=self._report, heartbeat_s=self._launch.heartbeat_s)
 
     async def run(self) -> None:
-        """Serve until SIGTERM, SIGINT or `Stop`, then let what runs finish for `drain_timeout_s`.
+        """Serve until SIGTERM or SIGINT, then let what runs finish for `drain_timeout_s`.
 
         Raises `ConfigError` where the address cannot be had, or nothing can be written to `announce_path`.
         """
@@ -153,10 +151,6 @@ class Worker:
         return WorkerReport(
             worker_id=self._worker_id,
             name=self._launch.name,
-            role=self._launch.role,
-            node_id=self._launch.node_id,
-            pid=os.getpid(),
-            address=self._address,
             epoch=0,
             state=self._service.state(),
         )

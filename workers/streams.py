@@ -26,6 +26,7 @@ from cluster.protocol import (
     ToWorker,
 )
 from workers.build import BuiltEngine
+from workers.numerics import arithmetic
 from workers.runner import EngineRunner, refusal
 from workers.sampling.guided import CompiledGrammar, GrammarCompiler
 
@@ -96,7 +97,9 @@ class StreamService:
             self._publish,
             can_step=lambda: self._experts is None or self._experts.ready,
             reroute_timeout_s=launch.reroute_timeout_s,
+            stuck_after_s=launch.stuck_after_s,
         )
+        built.engine.decoder.on_layer = self.runner.pulse
         self._owners: dict[str, _Stream] = {}
 
     def handlers(self) -> Mapping[str, Any]:
@@ -231,8 +234,10 @@ def make_hello(launch: Launch, built: BuiltEngine, worker_id: str) -> Hello:
         served_name=launch.served_name,
         max_model_len=engine.options.max_model_len,
         vocab_size=spec.vocab_size,
-        eos_token_ids=engine.eos_token_ids,
+        checkpoint=built.fingerprint,
+        dtype=str(engine.decoder.weights.embedding.dtype).removeprefix("torch."),
         numerics=engine.decoder.numerics.name,
+        arithmetic=arithmetic(engine.decoder.numerics, engine.decoder.weights.embedding.device),
         num_pages=engine.options.num_pages,
         page_size=engine.options.page_size,
         model_type=spec.family,

@@ -26,6 +26,7 @@ from cluster.protocol import (
     StepOutput,
     ToWorker,
 )
+from cluster.silence import ListeningTime
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class WorkerClient:
         self._write_timeout_s = write_timeout_s
         self._reconnect_delay_s = reconnect_delay_s
         self._hello: Hello | None = None
-        self._heard = 0.0  # when the last message came, on the event loop's clock
+        self._silent_s = 0.0  # since the last message
         self._outbox: asyncio.Queue[ToWorker] = asyncio.Queue()
         self._channel: grpc.aio.Channel | None = None
         self._task: asyncio.Task[None] | None = None
@@ -177,7 +178,7 @@ class WorkerClient:
             self._outbox = asyncio.Queue()
             self._channel = channel
             self._hello = hello
-            self._heard = asyncio.get_running_loop().time()
+            self._silent_s = 0.0
             self.num_connections += 1
             logger.info("worker %s at %s serves %s", hello.worker_id, self.address, hello.served_name)
             self._owner.connected()
@@ -218,10 +219,9 @@ class WorkerClient:
         return hello
 
     async def _read(self, call: Any) -> None:
-        clock = asyncio.get_running_loop().time
         while True:
             message = _message(await call.read())
-            self._heard = clock()
+            self._silent_s = 0.0
             if isinstance(message, StepOutput):
                 for output in message.outputs:
                     self._owner.received(output)
@@ -234,15 +234,13 @@ class WorkerClient:
 
     async def _watch(self, lease_s: float) -> None:
         """Raise `_ConnectionLostError` when the worker's lease has ended."""
-        clock = asyncio.get_running_loop().time
         pause_s = lease_s / LEASE_CHECKS
+        listening = ListeningTime(pause_s, asyncio.get_running_loop().time)
         while True:
-            before = clock()
             await asyncio.sleep(pause_s)
-            now = clock()
-            # Where this process itself was held up, what came meanwhile is read before the next look.
-            if now - before < 2 * pause_s and now - self._heard > lease_s:
-                raise _ConnectionLostError(f"no message for {now - self._heard:.2f} s")
+            self._silent_s += listening.passed_s()
+            if self._silent_s > lease_s:
+                raise _ConnectionLostError(f"no message for {self._silent_s:.2f} s")
 
 
 def _error_of(task: asyncio.Task[None]) -> BaseException | None:

@@ -1,8 +1,8 @@
 """The workers as one: requests go in, tokens come out, and which process made them is nobody's concern.
 
 Each sequence is on one worker, or waits for one. When its worker is lost it is submitted again to another, or to the
-same place once that is back, with the tokens that its reply has: what follows is what would have followed. The choices
-of one prompt go together, for they share its pages.
+same place once that is back, with the tokens that its reply has: what follows is what would have followed, for nobody
+gets it who might compute other tokens (`likeness`). The choices of one prompt go together, for they share its pages.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import msgspec
 from cluster.errors import DeadlineError, DrainingError, ForetokenError, UnavailableError, WorkerLostError
 from cluster.gateway.client import WorkerClient
 from cluster.gateway.generation import Generation, Observer, Sample
+from cluster.gateway.likeness import PoolModel, all_unlike, token_difference
 from cluster.gateway.route import WorkerLoad, choose, generated_load, prefix_key
 from cluster.protocol import Abort, EngineState, Hello, RequestOutput, Submit
 
@@ -27,8 +28,8 @@ logger = logging.getLogger(__name__)
 DEADLINE_GRACE_S = 1.0  # a worker keeps a request's deadline; past this we do
 
 
-class Place(NamedTuple):
-    """Where a worker is. Another process of the same name is another place."""
+class Endpoint(NamedTuple):
+    """Where a worker is. Another process of the same name is another one."""
 
     name: str  # "attention-0"
     address: str  # "unix:/path" or "host:port"
@@ -50,13 +51,15 @@ class _Run:
     num_prompt_left: int = 0  # what it still counts for in its member's load
     num_output_left: int = 0
     was_lost: bool = False  # since its last submission
+    began_on: Hello | None = None  # what the worker serves that its first output came from
+    waits_since: float | None = None  # for a worker like that one, on the event loop's clock
 
 
 @dataclass(slots=True, eq=False)
 class _Member:
     """One worker of the pool: what its client tells, and what runs on it."""
 
-    place: Place
+    endpoint: Endpoint
     pool: WorkerPool
     runs: dict[str, _Run] = field(default_factory=dict)  # by the id of their submission
     num_tokens: int = 0  # of all its runs, as `route.WorkerLoad` counts
@@ -65,8 +68,9 @@ class _Member:
     client: WorkerClient = field(init=False)
 
     @property
-    def is_available(self) -> bool:
-        return self.client.hello is not None and not self.refuses and not self.leaves
+    def available(self) -> Hello | None:
+        """What it serves; None while it takes no requests."""
+        return None if self.refuses or self.leaves else self.client.hello
 
     def connected(self) -> None:
         self.refuses = False
@@ -84,12 +88,14 @@ class WorkerPool:
 
     `token`, `lease_s` and the other times are each `WorkerClient`'s. `max_resumptions`: so often in a row a sequence
     may lose its worker without a new token; the next time it fails with `WorkerLostError`, for it may be what kills
-    them. 0: nobody starts a worker again, and nothing waits for one.
+    them. 0: nobody starts a worker again, and nothing waits for one. `alike_timeout_s`: where all workers that are
+    there might compute other tokens, a sequence that has begun waits so long for one that does not; likewise new ones,
+    where all have another model than those before.
     """
 
     def __init__(
         self,
-        places: Iterable[Place] = (),
+        endpoints: Iterable[Endpoint] = (),
         *,
         token: str | None = None,
         lease_s: float | None = None,
@@ -98,6 +104,7 @@ class WorkerPool:
         reconnect_delay_s: float = 0.1,
         max_buffered: int = 4096,
         max_resumptions: int = 5,
+        alike_timeout_s: float = 30.0,
     ) -> None:
         self._token = token
         self._lease_s = lease_s
@@ -106,7 +113,10 @@ class WorkerPool:
         self._reconnect_delay_s = reconnect_delay_s
         self._max_buffered = max_buffered
         self._max_resumptions = max_resumptions
-        self._members: dict[Place, _Member] = {}
+        self._alike_timeout_s = alike_timeout_s
+        self._model = PoolModel(alike_timeout_s)
+        self._told_of: set[str] = set()  # workers of another model that the log has named, by id
+        self._members: dict[Endpoint, _Member] = {}
         self._leaving: set[_Member] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self._runs: dict[Sample, _Run] = {}
@@ -116,7 +126,7 @@ class WorkerPool:
         self.num_connections = 0
         self.num_lost = 0  # connections that broke
         self.num_resumed = 0  # sequences submitted again because their worker was lost
-        self.set_workers(places)
+        self.set_workers(endpoints)
 
     async def __aenter__(self) -> WorkerPool:
         self.start()
@@ -143,27 +153,29 @@ class WorkerPool:
 
     # --------------------------------------------------------------------------------------------- who is in the pool
 
-    def set_workers(self, places: Iterable[Place]) -> None:
+    def set_workers(self, endpoints: Iterable[Endpoint]) -> None:
         """From now on these are the workers. What runs on one that is no longer among them may finish there."""
-        wanted = dict.fromkeys(places)
-        for place in [place for place in self._members if place not in wanted]:
-            member = self._members.pop(place)
-            logger.info("worker %s at %s leaves the pool", place.name, place.address)
+        wanted = dict.fromkeys(endpoints)
+        for endpoint in [endpoint for endpoint in self._members if endpoint not in wanted]:
+            member = self._members.pop(endpoint)
+            logger.info("worker %s at %s leaves the pool", endpoint.name, endpoint.address)
             member.leaves = True
             self._leaving.add(member)
             self._dismiss_if_idle(member)
-        for place in wanted:
-            if place not in self._members:
-                member = self._members[place] = self._make_member(place)
+        for endpoint in wanted:
+            if endpoint not in self._members:
+                member = self._members[endpoint] = self._make_member(endpoint)
                 if self._is_started:
                     member.client.start()
+        if self._is_started:
+            self._count_models()
 
-    def _make_member(self, place: Place) -> _Member:
-        member = _Member(place, self)
+    def _make_member(self, endpoint: Endpoint) -> _Member:
+        member = _Member(endpoint, self)
         member.client = WorkerClient(
-            place.address,
+            endpoint.address,
             member,
-            worker_id=place.worker_id,
+            worker_id=endpoint.worker_id,
             token=self._token,
             lease_s=self._lease_s,
             hello_timeout_s=self._hello_timeout_s,
@@ -181,12 +193,12 @@ class WorkerPool:
                 task.add_done_callback(self._closing.discard)
 
     @property
-    def places(self) -> tuple[Place, ...]:
+    def endpoints(self) -> tuple[Endpoint, ...]:
         return tuple(self._members)
 
     def is_alive(self, name: str) -> bool:
         """Whether a worker of this name is connected."""
-        return any(place.name == name and member.client.hello for place, member in self._members.items())
+        return any(endpoint.name == name and member.client.hello for endpoint, member in self._members.items())
 
     @property
     def num_alive(self) -> int:
@@ -195,27 +207,36 @@ class WorkerPool:
     @property
     def hello(self) -> Hello | None:
         """What a worker that is there serves; None while there is none."""
-        return next(iter(self.hellos().values()), None)
+        return next((hello for hello in self.hellos().values() if self._model.difference(hello) is None), None)
+
+    @property
+    def problem(self) -> str | None:
+        """Which workers are there and yet get nothing new, and why, in words."""
+        differences = {name: self._model.difference(hello) for name, hello in self.hellos().items()}
+        found = [f"worker {name} has another model ({text})" for name, text in differences.items() if text is not None]
+        return f"{', '.join(found)}: no new requests go there" if found else None
 
     def hellos(self) -> dict[str, Hello]:
         """What each connected worker serves, by name."""
-        found = {place.name: member.client.hello for place, member in self._members.items()}
+        found = {endpoint.name: member.client.hello for endpoint, member in self._members.items()}
         return {name: hello for name, hello in found.items() if hello is not None}
 
     @property
     def last_failure(self) -> str:
         """Why there is no worker, in words."""
+        if (problem := self.problem) is not None:
+            return problem
         if not self._members:
             return "none is registered"
         if len(self._members) == 1:
             return next(iter(self._members.values())).client.last_failure
-        return "; ".join(f"{place.name}: {member.client.last_failure}" for place, member in self._members.items())
+        return "; ".join(f"{endpoint.name}: {member.client.last_failure}" for endpoint, member in self._members.items())
 
     async def states(self, timeout_s: float) -> dict[str, EngineState]:
         """The engines' numbers by name, of those that answer in time."""
         members = [member for member in self._members.values() if member.client.hello is not None]
         states = await asyncio.gather(*(member.client.state(timeout_s) for member in members))
-        return {member.place.name: state for member, state in zip(members, states, strict=True) if state is not None}
+        return {member.endpoint.name: state for member, state in zip(members, states, strict=True) if state is not None}
 
     # ------------------------------------------------------------------------------------------------------- requests
 
@@ -273,25 +294,53 @@ class WorkerPool:
 
     def _assign(self, runs: Sequence[_Run]) -> None:
         """Submit runs of one group to a worker; without one they wait."""
-        first = runs[0]
-        member = next((run.member for run in first.group if run.member is not None), None)
-        if member is None or not member.is_available:
-            member = self._choose(first.sample.submit)
         for run in runs:
+            member = next((other.member for other in run.group if other.member is not None), None)
+            if member is None or not self._suits(member, run):
+                member = self._choose(run)
             if member is not None:
                 self._start(run, member)
             elif not self._max_resumptions:
                 self._give_up(run)
+            elif run.began_on is not None:
+                self._wait_for_alike(run, run.began_on)
 
-    def _choose(self, submit: Submit) -> _Member | None:
-        members = {member.place.name: member for member in self._members.values() if member.is_available}
+    def _suits(self, member: _Member, run: _Run) -> bool:
+        """Whether a worker takes requests, and may take this one."""
+        hello = member.available
+        if hello is None:
+            return False
+        if run.began_on is not None:
+            return token_difference(run.began_on, hello) is None
+        return self._model.difference(hello) is None
+
+    def _choose(self, run: _Run) -> _Member | None:
+        members = {member.endpoint.name: member for member in self._members.values() if self._suits(member, run)}
         if not members:
             return None
         hello = next(iter(members.values())).client.hello
         assert hello is not None
         loads = [WorkerLoad(name, len(member.runs), member.num_tokens) for name, member in members.items()]
-        name = choose(loads, prefix_key(submit, hello.page_size))
+        name = choose(loads, prefix_key(run.sample.submit, hello.page_size))
         return None if name is None else members[name]
+
+    def _wait_for_alike(self, run: _Run, began_on: Hello) -> None:
+        """There is no worker that a sequence may go on at. Where others are there it fails in the end."""
+        loop = asyncio.get_running_loop()
+        if run.waits_since is None:
+            run.waits_since = loop.time()
+            loop.call_later(self._alike_timeout_s, self._fail_unlike, run, began_on)
+        else:
+            self._fail_unlike(run, began_on)
+
+    def _fail_unlike(self, run: _Run, began_on: Hello) -> None:
+        """Fail a sequence that has waited too long beside workers none of which is like the one that began it."""
+        if run.sample not in self._runs or run.waits_since is None:
+            return
+        is_late = asyncio.get_running_loop().time() - run.waits_since >= self._alike_timeout_s
+        if is_late and (why := all_unlike(began_on, self.hellos())) is not None:
+            text = f"the worker that ran this request was lost, and no other would go on with the same tokens: {why}"
+            run.generation.fail(WorkerLostError(f"{text}. Send it again"), reason="worker_lost")
 
     def _start(self, run: _Run, member: _Member) -> None:
         submit = run.sample.remaining(asyncio.get_running_loop().time())
@@ -300,6 +349,7 @@ class WorkerPool:
         run.num_submits += 1
         self.num_resumed += run.was_lost
         run.was_lost = False
+        run.waits_since = None
         run.member, run.request_id = member, submit.request_id
         run.num_known = len(submit.output_ids)
         run.num_prompt_left = len(submit.prompt_ids) + len(submit.output_ids)
@@ -328,8 +378,26 @@ class WorkerPool:
 
     def member_connected(self) -> None:
         self.num_connections += 1
+        self._count_models()
+
+    def _count_models(self) -> None:
+        """A worker has come or gone. What waits goes on where it may now."""
+        loop = asyncio.get_running_loop()
+        hellos = self.hellos()
+        has_changed = self._model.count(hellos.values(), len(self._members) - len(hellos), loop.time())
+        for name, hello in hellos.items():
+            text = self._model.difference(hello)
+            if text is None:
+                self._told_of.discard(hello.worker_id)
+            elif hello.worker_id not in self._told_of:
+                self._told_of.add(hello.worker_id)
+                logger.warning("worker %s has another model than this pool and gets no new requests: %s", name, text)
+        if hellos and self.hello is None:
+            loop.call_later(self._alike_timeout_s, self._count_models)
+        if has_changed:
+            logger.warning("this pool has another model from now on: most of its workers do")
         self._changed.set()
-        self._assign_waiting(run for run in self._runs.values() if run.member is None)
+        self._assign_waiting([run for run in self._runs.values() if run.member is None])
 
     def member_received(self, member: _Member, output: RequestOutput) -> None:
         run = member.runs.get(output.request_id)
@@ -347,6 +415,8 @@ class WorkerPool:
             member.num_tokens -= run.num_prompt_left
             run.num_prompt_left = 0
         run.generation.deliver(run.sample, output)
+        if run.began_on is None and run.sample.has_begun:
+            run.began_on = member.client.hello
 
     def _finds_another(self, run: _Run) -> bool:
         """Whether a run that its worker did not take goes on: one whose reply has begun waits, if it must."""
@@ -359,7 +429,7 @@ class WorkerPool:
         member.refuses = False
         runs = list(member.runs.values())
         if runs:
-            logger.warning("%d sequences go on without worker %s", len(runs), member.place.name)
+            logger.warning("%d sequences go on without worker %s", len(runs), member.endpoint.name)
         for run in runs:
             self._take_off(run)
             run.was_lost = True
@@ -370,7 +440,7 @@ class WorkerPool:
         for run in runs:
             if run.num_losses > self._max_resumptions:
                 self._give_up(run)
-        self._assign_waiting(run for run in runs if run.sample in self._runs)
+        self._count_models()
 
     def _assign_waiting(self, runs: Iterable[_Run]) -> None:
         groups: dict[int, list[_Run]] = {}

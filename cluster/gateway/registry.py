@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-import msgspec
-
 from cluster.errors import StoreUnavailableError
-from cluster.gateway.pool import Place, WorkerPool
-from cluster.protocol import WorkerRecord
+from cluster.gateway.pool import Endpoint, WorkerPool
 from cluster.store.base import Deleted, Event, Put, Snapshot, Store
+from cluster.store.records import WORKERS, Reader
 
 logger = logging.getLogger(__name__)
 
-WORKERS = "workers/"
 WAIT_S = 10.0  # for a change; after it the store is asked again
 
 
@@ -28,7 +25,8 @@ class WorkerRegistry:
     def __init__(self, store: Store, pool: WorkerPool) -> None:
         self._watch = store.watch(WORKERS)
         self._pool = pool
-        self._places: dict[str, Place] = {}  # by key
+        self._reader = Reader()
+        self._endpoints: dict[str, Endpoint] = {}  # by key
 
     async def run(self) -> None:
         """Follow the store until cancelled."""
@@ -38,7 +36,7 @@ class WorkerRegistry:
                 event = await self._watch.next(WAIT_S)
             except StoreUnavailableError as error:
                 if not is_lost:
-                    logger.warning("going on with %d known workers: %s", len(self._places), error.message)
+                    logger.warning("going on with %d known workers: %s", len(self._endpoints), error.message)
                 is_lost = True
                 continue
             if is_lost:
@@ -48,31 +46,29 @@ class WorkerRegistry:
                 self._take(event)
 
     def _take(self, event: Event) -> None:
-        before = dict(self._places)
+        before = dict(self._endpoints)
         if isinstance(event, Snapshot):
             self._reset({key: entry.value for key, entry in event.entries.items()})
         elif isinstance(event, Put):
             self._put(event.key, event.value)
         else:
             assert isinstance(event, Deleted)
-            self._places.pop(event.key, None)
-        if self._places != before:
-            self._pool.set_workers(self._places.values())
+            self._endpoints.pop(event.key, None)
+        if self._endpoints != before:
+            self._pool.set_workers(self._endpoints.values())
 
     def _reset(self, values: Mapping[str, bytes]) -> None:
-        for key in [key for key in self._places if key not in values]:
-            if not self._pool.is_alive(self._places[key].name):
-                del self._places[key]
+        for key in [key for key in self._endpoints if key not in values]:
+            if not self._pool.is_alive(self._endpoints[key].name):
+                del self._endpoints[key]
         for key, value in values.items():
             self._put(key, value)
 
     def _put(self, key: str, value: bytes) -> None:
-        try:
-            record = msgspec.json.decode(value, type=WorkerRecord)
-        except msgspec.MsgspecError as error:
-            logger.warning("the record %s is left out, it cannot be read: %s", key, error)
-            return
+        record = self._reader.read_worker(key, value)
+        if record is None:
+            return  # what was known of it goes on
         if record.role == "expert":
-            self._places.pop(key, None)
+            self._endpoints.pop(key, None)
         else:
-            self._places[key] = Place(record.name, record.address, record.worker_id)
+            self._endpoints[key] = Endpoint(record.name, record.address, record.worker_id)

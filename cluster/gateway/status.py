@@ -11,22 +11,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import msgspec
-
-from cluster.errors import StoreUnavailableError
+from cluster.errors import StoreUnavailableError, UnreadableValueError
 from cluster.gateway.pool import WorkerPool
-from cluster.protocol import ClusterStatus, EngineState, NodeStatus, WorkerStatus
+from cluster.protocol import EngineState
 from cluster.store.base import Store
+from cluster.store.records import STALE_S, ClusterStatus, NodeStatus, WorkerStatus, read_status
 
-STATUS_KEY = "status/cluster"
 FRESH_S = 0.5  # the store is asked at most so often, however many pages are open
-STALE_S = 5.0  # a status older than this is no news
 STATE_TIMEOUT_S = 1.0
 NODE = "this machine"
 
 
 @dataclass(frozen=True)
-class Seen:
+class LastStatus:
     """The last status that is known, and why a newer one is not."""
 
     status: ClusterStatus | None
@@ -34,7 +31,7 @@ class Seen:
 
 
 class StatusSource(Protocol):
-    async def look(self) -> Seen: ...
+    async def look(self) -> LastStatus: ...
 
 
 class PoolStatus:
@@ -45,22 +42,22 @@ class PoolStatus:
         self._model = model
         self._memory_bytes = memory_bytes
 
-    async def look(self) -> Seen:
+    async def look(self) -> LastStatus:
         pool = self._pool
         states = await pool.states(STATE_TIMEOUT_S)
         hellos = pool.hellos()
         workers = []
-        for place in pool.places:
-            hello = hellos.get(place.name)
+        for endpoint in pool.endpoints:
+            hello = hellos.get(endpoint.name)
             workers.append(
                 WorkerStatus(
-                    name=place.name,
+                    name=endpoint.name,
                     role="all",
                     node_id=NODE,
-                    address=place.address,
+                    address=endpoint.address,
                     pid=0,
                     condition="serving" if hello else "lost" if pool.num_connections else "starting",
-                    state=states.get(place.name, EngineState()),
+                    state=states.get(endpoint.name, EngineState()),
                 )
             )
         first = pool.hello
@@ -76,7 +73,7 @@ class PoolStatus:
             workers=tuple(workers),
             problem=None if hellos else f"no worker: {pool.last_failure}",
         )
-        return Seen(status)
+        return LastStatus(status)
 
 
 class StoreStatus:
@@ -84,34 +81,34 @@ class StoreStatus:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._seen = Seen(None, "the cluster's status was not read yet")
+        self._last = LastStatus(None, "the cluster's status was not read yet")
         self._looked = float("-inf")  # when, on the monotonic clock
         self._lock = asyncio.Lock()
 
-    async def look(self) -> Seen:
+    async def look(self) -> LastStatus:
         async with self._lock:
             if time.monotonic() - self._looked >= FRESH_S:
-                self._seen = await self._read()
+                self._last = await self._read()
                 self._looked = time.monotonic()
-            return self._seen
+            return self._last
 
-    async def _read(self) -> Seen:
+    async def _read(self) -> LastStatus:
         try:
-            found = await self._store.get(STATUS_KEY)
+            found = await read_status(self._store)
         except StoreUnavailableError:  # its text may name the store's address
-            return Seen(self._seen.status, "the store does not answer")
+            return LastStatus(self._last.status, "the store does not answer")
+        except UnreadableValueError:  # its text may have a piece of the value
+            return LastStatus(self._last.status, "the cluster's status is of another version: run all from one release")
         if found is None:
-            return Seen(self._seen.status, "the controller has written no status yet")
-        try:
-            return Seen(msgspec.json.decode(found.value, type=ClusterStatus))
-        except msgspec.MsgspecError:
-            return Seen(self._seen.status, "the cluster's status is of another version: run all from one release")
+            return LastStatus(self._last.status, "the controller has written no status yet")
+        return LastStatus(found)
 
 
-def cluster_body(seen: Seen, pool: WorkerPool, *, model: str, num_open: int, is_draining: bool) -> dict[str, Any]:
+def cluster_body(last: LastStatus, pool: WorkerPool, *, model: str, num_open: int, is_draining: bool) -> dict[str, Any]:
     """The JSON object of `GET /cluster`; times in seconds, sizes in bytes."""
-    status = seen.status
+    status = last.status
     age_s = None if status is None else max(0.0, time.time() - status.at_s)
+    problems = (last.problem or (None if status is None else status.problem), pool.problem)
     return {
         "model": model,
         "cluster": (status.cluster or None) if status is not None else None,
@@ -119,7 +116,7 @@ def cluster_body(seen: Seen, pool: WorkerPool, *, model: str, num_open: int, is_
         "age_s": age_s,
         "is_stale": age_s is not None and age_s > STALE_S,
         "epoch": (status.epoch or None) if status is not None else None,
-        "problem": seen.problem or (None if status is None else status.problem),
+        "problem": "; ".join(filter(None, problems)) or None,
         "num_layers": 0 if status is None else status.num_layers,
         "num_experts": 0 if status is None else status.num_experts,
         "gateway": {

@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from cluster.gateway.status import Seen
-from cluster.protocol import ClusterStatus, EngineState, NodeStatus, WorkerStatus
+from cluster.gateway.status import LastStatus
+from cluster.protocol import EngineState
+from cluster.store.records import ClusterStatus, NodeStatus, WorkerStatus
 from tests.browser.conftest import MODEL, OpenGateway
 from tests.support.browser import Page
 
@@ -29,10 +30,11 @@ def holding(status: WorkerStatus, *shards: tuple[int, ...]) -> WorkerStatus:
 
 
 class Script:
-    """A cluster of three nodes; each attention worker makes `tokens_per_s`."""
+    """A cluster of three nodes; each attention worker makes `tokens_per_s`, an expert worker its `rows_per_s`."""
 
     def __init__(self) -> None:
         self.tokens_per_s = 1000
+        self.rows_per_s = {"expert-0": 2500, "expert-1": 40}
         self.silent_s = 0.0
         self.problem: str | None = None
         self.nodes = [NodeStatus("n0", 3 * 2**30, ("cuda:0", "cuda:1")), NodeStatus("n1", 2**30), NodeStatus(LONG, 0)]
@@ -49,14 +51,15 @@ class Script:
     def change(self, name: str, **changes: Any) -> None:
         self.workers[name] = msgspec.structs.replace(self.workers[name], **changes)
 
-    async def look(self) -> Seen:
+    async def look(self) -> LastStatus:
         at_s = int(10 * (time.time() - self.silent_s)) / 10
         workers = []
         for status in self.workers.values():
             tokens = round(self.tokens_per_s * at_s) if status.role == "attention" else 0
-            state: EngineState = msgspec.structs.replace(status.state, generated_tokens=tokens)
+            rows = round(self.rows_per_s.get(status.name, 0) * at_s)
+            state: EngineState = msgspec.structs.replace(status.state, generated_tokens=tokens, expert_rows=rows)
             workers.append(msgspec.structs.replace(status, state=state))
-        return Seen(
+        return LastStatus(
             ClusterStatus(
                 cluster="ours", model=MODEL, epoch=4, controller_id="c", at_s=at_s, num_layers=3, num_experts=4,
                 nodes=tuple(self.nodes), workers=tuple(workers), problem=self.problem,
@@ -92,14 +95,15 @@ async def test_it_follows_the_cluster(page: Page, open_gateway: OpenGateway) -> 
         assert await texts(page, "#warnings *") == []
         assert await texts(page, "#nodes > li") == [
             "n0 3 GiB of memory · 2 × cuda attention-0 serving 1,000 tokens/s, 3 running, 40 waiting",
-            f"n1 1 GiB of memory {MARKUP} serving 1,000 tokens/s, 1 running expert-0 serving holds 4 experts",
-            f"{LONG} expert-1 serving holds 4 experts",
+            f"n1 1 GiB of memory {MARKUP} serving 1,000 tokens/s, 1 running "
+            "expert-0 serving 2,500 rows/s, holds 4 experts",
+            f"{LONG} expert-1 serving 40.0 rows/s, holds 4 experts",
         ]
         assert await texts(page, "#workers tr") == [
-            "attention-0 attention n0 serving – 3 40 2 of 8 1,000",
-            f"{MARKUP} attention n1 serving – 1 0 0 of 8 1,000",
-            "expert-0 expert n1 serving 4 – – – –",
-            f"expert-1 expert {LONG} serving 4 – – – –",
+            "attention-0 attention n0 serving – 3 40 2 of 8 1,000 –",
+            f"{MARKUP} attention n1 serving – 1 0 0 of 8 1,000 –",
+            "expert-0 expert n1 serving 4 – – – – 2,500",
+            f"expert-1 expert {LONG} serving 4 – – – – 40.0",
         ]
         labels = "[...document.querySelectorAll('#shards svg')].map((x) => x.getAttribute('aria-label'))"
         each = "2 in layer 0, 2 in layer 2"
@@ -113,6 +117,8 @@ async def test_it_follows_the_cluster(page: Page, open_gateway: OpenGateway) -> 
         for name in ("attention-0", MARKUP):
             script.change(name, state=msgspec.structs.replace(script.workers[name].state, worker_id=f"{name}#2"))
         script.change("expert-1", condition="lost")
+        script.rows_per_s["expert-0"] = 100
+        script.change("expert-0", state=msgspec.structs.replace(script.workers["expert-0"].state, worker_id="new"))
         script.nodes[2] = NodeStatus(LONG, 0, is_alive=False)
         script.problem = "a node is missing"
         await page.until(f"{tile('Tokens a second')} === '6,000'")
@@ -120,6 +126,8 @@ async def test_it_follows_the_cluster(page: Page, open_gateway: OpenGateway) -> 
         assert await page.evaluate(f"[{tile('Workers serving')}, {tile('Experts held')}]") == ["3 of 4", "4 of 8"]
         assert (await texts(page, "#nodes > li"))[2] == f"{LONG} lost It has left the cluster. expert-1 lost"
         assert "4 are on no live worker" in (await texts(page, "#shards-note"))[0]
+        rows = "[...document.querySelectorAll('#workers td:last-child')].map((x) => x.innerText).join()"
+        await page.until(f"{rows} === '–,–,100,–'")
 
         script.workers.pop("expert-1")
         script.workers["expert-0"] = holding(script.workers["expert-0"], (0, 1, 2, 3), (), (0, 1, 2, 3))
@@ -143,7 +151,8 @@ async def test_old_news_is_called_old(page: Page, open_gateway: OpenGateway) -> 
         script.silent_s = 65
         await page.until("document.querySelector('#warnings').innerText.includes('1 minute old')")
         assert await page.evaluate(tile("Tokens a second")) == "–"
-        assert "tokens/s" not in (await texts(page, "#nodes > li"))[0]
+        for node in await texts(page, "#nodes > li"):
+            assert "/s" not in node
         assert await page.evaluate("document.querySelector('main').className") == "old"
         script.silent_s = 0
         await page.until("document.querySelector('#warnings').innerText === ''")
@@ -165,7 +174,7 @@ async def test_it_fits_a_small_screen(page: Page, open_gateway: OpenGateway, wid
         assert await page.evaluate("document.documentElement.scrollWidth") <= width
         tree = await page.send("Accessibility.getFullAXTree")
         roles = [node["role"]["value"] for node in tree["nodes"] if "role" in node]
-        assert roles.count("columnheader") == 9  # a table for who listens, whatever it looks like
+        assert roles.count("columnheader") == 10  # a table for who listens, whatever it looks like
         assert roles.count("rowheader") == 4
 
 

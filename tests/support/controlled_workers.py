@@ -17,17 +17,8 @@ import msgspec
 from cluster.control.placement import PlacedWorker
 from cluster.control.topology import Topology
 from cluster.errors import UnavailableError, WorkerLostError
-from cluster.protocol import (
-    SERVICE,
-    TOKEN_KEY,
-    Assign,
-    Launch,
-    Lead,
-    Route,
-    ToControlled,
-    WorkerRecord,
-    WorkerReport,
-)
+from cluster.protocol import SERVICE, TOKEN_KEY, Assign, Launch, Lead, Route, ToControlled, WorkerReport
+from cluster.store.records import WorkerRecord
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(ToControlled).decode
@@ -40,6 +31,7 @@ class ControlledWorker:
         self.record = record
         self.leader: Lead | None = None
         self.leads: set[Lead] = set()
+        self.num_renewals = 0  # of its lease, by whom it obeys
         self.held: tuple[tuple[int, ...], ...] = ()
         self.assign_version = 0
         self.num_assigns = 0
@@ -77,10 +69,6 @@ class ControlledWorker:
         return WorkerReport(
             worker_id=record.worker_id,
             name=record.name,
-            role=record.role,
-            node_id=record.node_id,
-            pid=record.pid,
-            address=record.address,
             epoch=self.leader.epoch if self.leader is not None else 0,
             assign_version=self.assign_version,
             experts=self.held,
@@ -100,6 +88,7 @@ class ControlledWorker:
             yield _encode(self.report())
             return
         self.leader = lead
+        self.num_renewals += 1
         session = self._session = object()
         reader = asyncio.create_task(self._read(messages))
         try:
@@ -124,6 +113,7 @@ class ControlledWorker:
             elif isinstance(order, Lead):
                 self.leads.add(order)
                 self.leader = order if self.leader is None or order.epoch >= self.leader.epoch else self.leader
+                self.num_renewals += self.leader == order
                 continue
             self._changed.set()
 

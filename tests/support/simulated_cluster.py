@@ -14,7 +14,9 @@ from cluster.control.plan import Decision, End, Forget, Observed, Plan, Seen, Se
 from cluster.control.reconcile import reconcile
 from cluster.control.restarts import Restarts
 from cluster.control.topology import LOAD_SHARE, MEMORY_SHARE, Device, Node, Topology
-from cluster.protocol import Assign, ModelShape, Route, WorkerRecord, WorkerReport
+from cluster.errors import WorkerLostError
+from cluster.protocol import Assign, ModelShape, Route, WorkerReport
+from cluster.store.records import WorkerRecord
 
 STEP_S = 0.1
 LEASE_S = 1.0
@@ -188,10 +190,6 @@ class SimulatedCluster:
         process.report = WorkerReport(
             worker_id=process.record.worker_id,
             name=process.record.name,
-            role=process.record.role,
-            node_id=process.record.node_id,
-            pid=process.record.pid,
-            address=process.record.address,
             epoch=1,
             error=self.errors.get(process.record.name),
             assign_version=process.assign_version,
@@ -227,7 +225,7 @@ class SimulatedCluster:
             if at_s <= self.now_s:
                 del self.starting[name]
                 if self.random.random() < self.start_failure:
-                    self.restarts.note_failure(name, self.now_s, "it would not start")
+                    self.restarts.note_failure(name, self.now_s, WorkerLostError("it would not start"))
                 else:
                     self.restarts.note_start(name)
                     self.processes[name] = Process(record, heard_s=self.now_s)

@@ -7,7 +7,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,9 +55,16 @@ def tiny_checkpoint(folder: Path) -> Path:
 
 
 class WorkerProcess:
-    """A `python -m workers.server`; `options` are `Launch`'s."""
+    """A `python -m workers.server`, or a program that ends as it; `options` are `Launch`'s."""
 
-    def __init__(self, checkpoint: Path, folder: Path, name: str = "w", **options: Any) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        folder: Path,
+        name: str = "w",
+        program: Sequence[str] = ("-m", "workers.server"),
+        **options: Any,
+    ) -> None:
         defaults: dict[str, Any] = {
             "address": f"unix:{folder}/{name}.sock",
             "model_path": str(checkpoint),
@@ -69,7 +76,7 @@ class WorkerProcess:
         self.launch = Launch(**(defaults | options))
         self.address = self.launch.address
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "workers.server"],
+            [sys.executable, *program],
             stdin=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},

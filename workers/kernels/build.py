@@ -32,7 +32,7 @@ def find_compiler() -> str | None:
     return None
 
 
-def _processor() -> str:
+def processor() -> str:
     """What `-march=native` depends on."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -51,7 +51,7 @@ def library_path(cache_dir: Path, compiler: str) -> Path:
     digest = hashlib.blake2b(digest_size=12)
     for source in sorted(source_dir().glob("*.[ch]*")):
         digest.update(source.name.encode() + source.read_bytes())
-    digest.update(repr((FLAGS, _version(compiler), _processor())).encode())
+    digest.update(repr((FLAGS, _version(compiler), processor())).encode())
     suffix = "dylib" if platform.system() == "Darwin" else "so"
     return cache_dir / f"foretoken-host-{digest.hexdigest()}.{suffix}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ class HostKernels:
             function.argtypes, function.restype = types, None
             self._functions[name] = function
         self.num_threads = num_threads
+        self.digest = hashlib.blake2b(library.read_bytes(), digest_size=8).hexdigest()  # of the machine code
         self._linear = self._functions["linear"]
         self._rms_norm = self._functions["rms_norm"]
         self._swiglu = self._functions["swiglu"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from workers.cache.kv_cache import KVCache
@@ -35,6 +37,7 @@ class Decoder:
         self.weights = weights
         self.experts = experts
         self.numerics = numerics
+        self.on_layer: Callable[[], None] = lambda: None  # called before each layer
         self.windows = tuple(dict.fromkeys(layer.sliding_window for layer in spec.layers))
         embedding = weights.embedding
         self._cos, self._sin = rope_tables(
@@ -55,6 +58,7 @@ class Decoder:
         sin = self._sin.index_select(0, batch.positions)
         hidden = weights.embedding.index_select(0, batch.token_ids)
         for index, (layer_spec, layer) in enumerate(zip(spec.layers, weights.layers, strict=True)):
+            self.on_layer()
             normed = rms_norm(hidden, layer.attention.norm, spec.rms_eps, self.numerics)
             q = self._project(normed, layer.attention, cos, sin, kv.k[index], kv.v[index], batch.kv_slots)
             attended = paged_attention(

@@ -82,13 +82,14 @@ function devices(names) {
 
 // -------------------------------------------------------------------------------------------------------------- rates
 
-let samples = []; // the statuses of the last WINDOW_S: when, and tokens by process
-let rates = new Map(); // tokens a second by worker's name
+let samples = []; // the statuses of the last WINDOW_S: when, and what each process had done
+let rates = new Map(); // by worker's name: tokens a second of one that runs requests, rows of one that holds experts
+let total; // tokens a second of all; undefined where that is not known
 let history = []; // [time in s, tokens a second]
 
 function measure(status) {
   if (status.at_s === null || status.is_stale) {
-    rates = new Map();
+    [rates, total] = [new Map(), undefined];
     return;
   }
   const latest = samples.at(-1);
@@ -99,19 +100,21 @@ function measure(status) {
   samples = samples.filter((sample, i) => i === samples.length - 1 || sample.at_s >= status.at_s - WINDOW_S);
   rates = new Map();
   for (const worker of serving) {
-    const first = samples.find((sample) => sample.tokens.has(worker.worker_id));
+    const first = samples.find((sample) => sample.done.has(worker.worker_id));
     if (first === undefined) continue;
-    const tokens = worker.generated_tokens - first.tokens.get(worker.worker_id);
-    rates.set(worker.name, Math.max(0, tokens) / (status.at_s - first.at_s));
+    const done = doneBy(worker) - first.done.get(worker.worker_id);
+    rates.set(worker.name, Math.max(0, done) / (status.at_s - first.at_s));
   }
-  const tokens = new Map(serving.map((worker) => [worker.worker_id, worker.generated_tokens]));
-  samples.push({ at_s: status.at_s, tokens });
-  if (rates.size) history.push([status.at_s, total()]);
+  samples.push({ at_s: status.at_s, done: new Map(serving.map((worker) => [worker.worker_id, doneBy(worker)])) });
+  const known = serving.filter((worker) => runs(worker) && rates.has(worker.name));
+  total = known.length ? known.reduce((sum, worker) => sum + rates.get(worker.name), 0) : undefined;
+  if (total !== undefined) history.push([status.at_s, total]);
   history = history.filter(([at_s]) => at_s >= status.at_s - HISTORY_S);
 }
 
 const isServing = (worker) => worker.condition === "serving";
-const total = () => [...rates.values()].reduce((sum, value) => sum + value, 0);
+const runs = (worker) => worker.role !== "expert";
+const doneBy = (worker) => (runs(worker) ? worker.generated_tokens : worker.expert_rows);
 
 /** The next of 10, 20, 50, 100, …: an axis that seldom changes. */
 function roundedUp(value) {
@@ -133,13 +136,12 @@ function drawChart() {
   const areas = pieces.map((piece, i) => `${lines[i]}V40H${piece[0][0]}Z`);
   byId("line").setAttribute("d", lines.join(""));
   byId("area").setAttribute("d", areas.join(""));
-  byId("chart").setAttribute("aria-label", `Now ${rate(total())}, at most ${rate(highest)} in the last two minutes`);
+  byId("chart").setAttribute("aria-label", `Now ${rate(total)}, at most ${rate(highest)} in the last two minutes`);
   byId("chart-top").textContent = count(top);
 }
 
 // -------------------------------------------------------------------------------------------------------------- parts
 
-const runs = (worker) => worker.role !== "expert";
 const ROLES = { all: "all in one", attention: "attention", expert: "expert" };
 
 function condition(worker) {
@@ -155,7 +157,10 @@ function tile(name, value, all) {
 /** What a worker does now, in a few words. */
 function work(worker, status) {
   if (!isServing(worker)) return "";
-  if (!runs(worker)) return `holds ${worker.num_experts ? plural(worker.num_experts, "expert") : "no expert yet"}`;
+  if (!runs(worker)) {
+    const rows = status.is_stale ? "" : `${rate(rates.get(worker.name))} rows/s, `;
+    return `${rows}holds ${worker.num_experts ? plural(worker.num_experts, "expert") : "no expert yet"}`;
+  }
   const waiting = worker.num_waiting ? `, ${count(worker.num_waiting)} waiting` : "";
   const tokens = status.is_stale ? "" : `${rate(rates.get(worker.name))} tokens/s, `;
   return `${tokens}${count(worker.num_running)} running${waiting}`;
@@ -203,6 +208,7 @@ function cell(label, kind, ...children) {
 
 function workerRow(worker) {
   const isRunning = runs(worker) && isServing(worker);
+  const isHolding = !runs(worker) && isServing(worker);
   const experts = worker.num_experts ? count(worker.num_experts) : worker.role === "all" ? "all" : NONE;
   return element(
     "tr",
@@ -216,6 +222,7 @@ function workerRow(worker) {
     cell("Waiting", "number", isRunning ? count(worker.num_waiting) : NONE),
     cell("KV pages in use", "pages", ...(isRunning ? pages(worker) : [NONE])),
     cell("Tokens/s", "number", isRunning ? rate(rates.get(worker.name)) : NONE),
+    cell("Expert rows/s", "number", isHolding ? rate(rates.get(worker.name)) : NONE),
   );
 }
 
@@ -225,7 +232,7 @@ function workersNote(workers) {
   }
   return (
     "Attention workers run the requests and keep their KV cache. At each layer they call the expert workers, " +
-    "which hold the experts."
+    "which hold the experts: a row is one token at one of its experts."
   );
 }
 
@@ -347,7 +354,7 @@ const sum = (workers, field) => workers.reduce((number, worker) => number + work
 function numberTiles(status, experts) {
   const serving = status.workers.filter(isServing);
   return [
-    tile("Tokens a second", rates.size ? rate(total()) : NONE),
+    tile("Tokens a second", rate(total)),
     tile("Sequences running", count(sum(serving, "num_running"))),
     tile("Sequences waiting", count(sum(serving, "num_waiting"))),
     tile("Workers serving", serving.length, status.workers.length),

@@ -18,7 +18,7 @@ from fastapi import FastAPI
 
 from cluster.gateway.app import create_app
 from cluster.gateway.connection import server_config
-from cluster.gateway.pool import Place, WorkerPool
+from cluster.gateway.pool import Endpoint, WorkerPool
 from cluster.gateway.settings import GatewaySettings
 from cluster.gateway.status import StatusSource
 from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker, byte_tokenizer
@@ -38,9 +38,16 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
+def on_one_loop(request: pytest.FixtureRequest) -> None:
+    """Only where a test is on a loop at all: a plain one may be the first to run."""
+    if "anyio_backend" in request.fixturenames:
+        request.getfixturevalue("one_loop")
+
+
+@pytest.fixture(scope="session")
 async def one_loop() -> AsyncIterator[None]:
-    """All tests here run on one event loop: grpc has one completion queue for all loops of a process.
+    """All tests here that need one run on one event loop: grpc has one completion queue for all loops of a process.
 
     For the same reason its late events for loops of other tests, closed by now, may arrive on this one.
     """
@@ -113,19 +120,19 @@ Serve = Callable[..., Awaitable[Served]]
 
 @pytest.fixture
 async def serve(checkpoint: Path, worker: ScriptedWorker) -> AsyncIterator[Serve]:
-    """Start a gateway on a free port; keywords change its settings, `pool` its pool, `places` who is in it."""
+    """Start a gateway on a free port; keywords change its settings, `pool` its pool, `endpoints` who is in it."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(
             *,
             model_path: Path | None = None,
             pool: dict[str, Any] | None = None,
-            places: Sequence[Place] | None = None,
+            endpoints: Sequence[Endpoint] | None = None,
             status: StatusSource | None = None,
             **changes: Any,
         ) -> Served:
             settings = GatewaySettings(served_name=MODEL, model_path=model_path or checkpoint, **changes)
-            workers = [Place("worker", worker.address)] if places is None else places
+            workers = [Endpoint("worker", worker.address)] if endpoints is None else endpoints
             app = create_app(settings, WorkerPool(workers, **({"reconnect_delay_s": 0.01} | (pool or {}))), status)
             # with its protocol named, or asyncio leaves out TCP_NODELAY and every answer waits for a delayed ACK
             listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -178,6 +185,6 @@ async def all_ready(served: Served, num_workers: int = 2) -> None:
 @pytest.fixture
 async def crowd(serve: Serve, team: Team) -> Served:
     """A gateway over the team."""
-    served = await serve(places=team.places)
+    served = await serve(endpoints=team.endpoints)
     await all_ready(served)
     return served

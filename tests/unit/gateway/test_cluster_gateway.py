@@ -17,8 +17,8 @@ import httpx
 import msgspec
 import pytest
 
-from cluster.control.launch import PACKAGES
-from cluster.protocol import ClusterStatus, WorkerRecord
+from cluster.environment import PACKAGES
+from cluster.store.records import ClusterStatus, WorkerRecord
 from cluster.store.redis import RedisStore
 from tests.support.redis_server import RedisServer
 from tests.support.scripted_process import save_tokenizer

@@ -12,10 +12,11 @@ import pytest
 
 from cluster.errors import StoreUnavailableError
 from cluster.gateway import status as status_module
-from cluster.gateway.status import STATUS_KEY, StoreStatus
-from cluster.protocol import ClusterStatus, EngineState, NodeStatus, WorkerStatus
+from cluster.gateway.status import StoreStatus
+from cluster.protocol import EngineState
 from cluster.store.base import Versioned
 from cluster.store.memory import MemoryStore
+from cluster.store.records import STATUS_KEY, ClusterStatus, NodeStatus, WorkerStatus
 from tests.support.scripted_worker import ScriptedWorker
 from tests.unit.gateway.conftest import MODEL, Serve, Served
 

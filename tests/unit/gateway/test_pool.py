@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import WorkerLostError
-from cluster.gateway.pool import Place, WorkerPool
+from cluster.gateway.pool import Endpoint, WorkerPool
 from cluster.protocol import Finish, RequestOutput, Submit
 from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker, hello, say
 from tests.support.worker_team import Team
@@ -96,13 +96,13 @@ async def test_a_reply_that_has_begun_is_not_refused(crowd: Served, team: Team) 
 
 async def test_the_workers_may_change(serve: Serve, team: Team, tmp_path: Path) -> None:
     a, b = team.workers.values()
-    served = await serve(places=team.places[:1])
+    served = await serve(endpoints=team.endpoints[:1])
     await all_ready(served, 1)
     pool: WorkerPool = served.app.state.gateway.pool
     a.steps_left = STEPS
     running = asyncio.create_task(served.complete())
     await team.busy()
-    pool.set_workers(team.places[1:])
+    pool.set_workers(team.endpoints[1:])
     await all_ready(served, 1)
     assert (await served.complete()).status_code == 200
     assert (len(a.submits), len(b.submits)) == (1, 1)
@@ -115,18 +115,18 @@ async def test_the_workers_may_change(serve: Serve, team: Team, tmp_path: Path) 
         while a.num_streams or b.num_streams:
             await asyncio.sleep(0.001)
     late = asyncio.create_task(served.complete())
-    pool.set_workers(team.places)
+    pool.set_workers(team.endpoints)
     assert (await late).status_code == 200
 
 
 async def test_a_worker_that_left_and_dies_is_replaced(serve: Serve, team: Team) -> None:
     a, b = team.workers.values()
-    served = await serve(places=team.places[:1])
+    served = await serve(endpoints=team.endpoints[:1])
     await all_ready(served, 1)
     a.steps_left = STEPS
     running = asyncio.create_task(served.complete())
     await team.busy()
-    served.app.state.gateway.pool.set_workers(team.places[1:])
+    served.app.state.gateway.pool.set_workers(team.endpoints[1:])
     await a.kill()
     assert (await running).json()["choices"][0]["text"] == ANSWER
     assert len(b.submits) == 1
@@ -136,7 +136,7 @@ async def test_a_worker_of_another_version_is_refused(tmp_path: Path) -> None:
     worker = ScriptedWorker(f"unix:{tmp_path}/worker.sock")
     worker.hello = hello(version=99)
     await worker.start()
-    async with WorkerPool([Place("worker", worker.address)], reconnect_delay_s=0.01) as pool:
+    async with WorkerPool([Endpoint("worker", worker.address)], reconnect_delay_s=0.01) as pool:
         async with asyncio.timeout(DEADLINE_S):
             while "version 99" not in pool.last_failure:
                 await asyncio.sleep(0.001)
@@ -150,12 +150,12 @@ async def test_a_worker_of_another_version_is_refused(tmp_path: Path) -> None:
 
 async def test_only_the_process_that_is_meant_is_taken(team: Team) -> None:
     a = team.workers["a"]
-    async with WorkerPool([Place("a", a.address, "worker-z")], reconnect_delay_s=0.01) as pool:
+    async with WorkerPool([Endpoint("a", a.address, "worker-z")], reconnect_delay_s=0.01) as pool:
         async with asyncio.timeout(DEADLINE_S):
             while "worker-a answers there" not in pool.last_failure:
                 await asyncio.sleep(0.001)
         assert pool.hello is None
-        pool.set_workers([Place("a", a.address, "worker-a")])
+        pool.set_workers([Endpoint("a", a.address, "worker-a")])
         assert (await pool.ready(DEADLINE_S)).worker_id == "worker-a"
 
 
@@ -163,12 +163,12 @@ async def test_only_the_process_that_is_meant_is_taken(team: Team) -> None:
 async def test_a_worker_with_a_token_wants_it(team: Team, token: str | None, caplog: pytest.LogCaptureFixture) -> None:
     a = team.workers["a"]
     a.token = "right"
-    async with WorkerPool([Place("a", a.address)], token=token, reconnect_delay_s=0.01) as pool:
+    async with WorkerPool([Endpoint("a", a.address)], token=token, reconnect_delay_s=0.01) as pool:
         async with asyncio.timeout(DEADLINE_S):
             while "no valid token" not in pool.last_failure:
                 await asyncio.sleep(0.001)
         assert pool.hello is None
-    async with WorkerPool([Place("a", a.address)], token="right") as pool:
+    async with WorkerPool([Endpoint("a", a.address)], token="right") as pool:
         await pool.ready(DEADLINE_S)
         assert "a" in await pool.states(DEADLINE_S)
     assert "right" not in caplog.text
@@ -194,7 +194,7 @@ async def test_requests_that_begin_alike_go_together_and_others_spread(crowd: Se
 
 async def test_a_killer_ends_alone(serve: Serve, team: Team) -> None:
     """A prompt that ends every worker that takes it fails in the end; the others go on and finish."""
-    served = await serve(places=team.places, pool={"max_resumptions": 3})
+    served = await serve(endpoints=team.endpoints, pool={"max_resumptions": 3})
     await all_ready(served)
     team.pause_after(2)
     innocent = asyncio.create_task(served.complete(prompt="good"))
@@ -229,7 +229,7 @@ async def test_a_killer_ends_alone(serve: Serve, team: Team) -> None:
 
 
 async def test_nothing_waits_where_nobody_starts_a_worker_again(serve: Serve, team: Team) -> None:
-    served = await serve(places=team.places[:1], pool={"max_resumptions": 0})
+    served = await serve(endpoints=team.endpoints[:1], pool={"max_resumptions": 0})
     await all_ready(served, 1)
     pool: WorkerPool = served.app.state.gateway.pool
     a = team.workers["a"]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cluster.control.model import DEMO_PATH
-from cluster.gateway.pool import Place, WorkerPool
+from cluster.gateway.pool import Endpoint, WorkerPool
 from tests.support.worker_process import WorkerProcess
 from tests.unit.gateway.conftest import MODEL, Serve, Served
 
@@ -65,7 +65,7 @@ async def test_a_real_worker_that_hangs_or_dies(serve: Serve) -> None:
             name: stack.enter_context(WorkerProcess(DEMO_PATH, folder, name, token=TOKEN)) for name in ("a", "b")
         }
         served = await serve(
-            places=[Place(name, worker.address) for name, worker in workers.items()],
+            endpoints=[Endpoint(name, worker.address) for name, worker in workers.items()],
             model_path=DEMO_PATH,
             pool={"token": TOKEN, "lease_s": 1.0},
         )

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from cluster.errors import StoreUnavailableError
-from cluster.gateway.pool import Place, WorkerPool
+from cluster.gateway.pool import Endpoint, WorkerPool
 from cluster.gateway.registry import WorkerRegistry
 from cluster.store.memory import MemoryStore
 from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker, hello
@@ -78,11 +78,11 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def names(pool: WorkerPool) -> list[str]:
-    return sorted(place.name for place in pool.places)
+    return sorted(endpoint.name for endpoint in pool.endpoints)
 
 
 async def test_workers_come_change_and_go(store: FickleStore, pool: WorkerPool) -> None:
-    assert pool.places == ()
+    assert pool.endpoints == ()
     assert pool.last_failure == "none is registered"
     first = await store.compare_and_set("workers/attention-0", record("attention-0", worker_id="p"), expected=0)
     assert first is not None
@@ -91,8 +91,8 @@ async def test_workers_come_change_and_go(store: FickleStore, pool: WorkerPool) 
     await until(lambda: names(pool) == ["attention-0", "attention-1"])
     again = await store.compare_and_set("workers/attention-0", record("attention-0", worker_id="q"), expected=first)
     assert again is not None
-    await until(lambda: Place("attention-0", "unix:/nowhere", "q") in pool.places)
-    assert len(pool.places) == 2
+    await until(lambda: Endpoint("attention-0", "unix:/nowhere", "q") in pool.endpoints)
+    assert len(pool.endpoints) == 2
     await store.compare_and_set("workers/attention-0", None, expected=again)
     await until(lambda: names(pool) == ["attention-1"])
 
@@ -113,11 +113,11 @@ async def test_without_the_store_what_is_known_goes_on(store: FickleStore, pool:
     await worker.start()
     await store.compare_and_set("workers/attention-0", record("attention-0", address=worker.address), expected=0)
     await store.compare_and_set("workers/attention-1", record("attention-1"), expected=0)
-    await until(lambda: len(pool.places) == 2)
+    await until(lambda: len(pool.endpoints) == 2)
     await pool.ready(DEADLINE_S)
     store.is_gone = True
     await until(lambda: store.num_refusals > 1)
-    assert len(pool.places) == 2
+    assert len(pool.endpoints) == 2
     assert pool.hello is not None
     store.forget()
     store.is_gone = False

@@ -123,7 +123,7 @@ async def test_a_hung_worker_is_lost_when_its_lease_ends(serve: Serve, team: Tea
     lease_s = 0.8
     for worker in team.workers.values():
         worker.beat_s = 0.02
-    served = await serve(places=team.places, pool={"lease_s": lease_s})
+    served = await serve(endpoints=team.endpoints, pool={"lease_s": lease_s})
     pool: WorkerPool = served.app.state.gateway.pool
     await all_ready(served)
     team.pause_after(STEPS)
@@ -162,7 +162,7 @@ async def test_the_deadline_ends_what_waits_for_a_worker(
     serve: Serve, team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.gateway.pool.DEADLINE_GRACE_S", 0.0)
-    served = await serve(places=team.places, request_timeout_s=1.0)
+    served = await serve(endpoints=team.endpoints, request_timeout_s=1.0)
     await all_ready(served)
     team.pause_after(STEPS)
     request = asyncio.create_task(served.complete())

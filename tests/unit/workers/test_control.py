@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import tempfile
 import threading
 from collections.abc import AsyncIterator
@@ -16,7 +15,7 @@ import msgspec
 import pytest
 
 from cluster.errors import CheckpointError
-from cluster.protocol import SERVICE, Assign, Lead, Route, Stop, WorkerReport
+from cluster.protocol import SERVICE, Assign, Lead, Route, WorkerReport
 from tests.support.worker_process import DEADLINE_S, Controller, control
 from workers.control import ControlService
 from workers.lease import Lease
@@ -50,7 +49,7 @@ class FakeSubject:
 
 class CountingLease(Lease):
     def __init__(self) -> None:
-        super().__init__(None)
+        super().__init__(None, "")
         self.renewals = 0
 
     def renew(self) -> None:
@@ -65,19 +64,14 @@ class Served:
     subject: FakeSubject
     lease: CountingLease
     service: ControlService
-    stops: list[None]
 
 
 @contextlib.asynccontextmanager
 async def serving(heartbeat_s: float = DEADLINE_S) -> AsyncIterator[Served]:
     """The heartbeat is longer than any wait here: what comes, comes because something changed."""
-    subject, lease, stops = FakeSubject(), CountingLease(), []
-    base = WorkerReport(
-        worker_id="w", name="expert-0", role="expert", node_id="n", pid=os.getpid(), address="", epoch=0
-    )
-    service = ControlService(
-        subject, lease, report=lambda: base, stop=lambda: stops.append(None), heartbeat_s=heartbeat_s
-    )
+    subject, lease = FakeSubject(), CountingLease()
+    base = WorkerReport(worker_id="w", name="expert-0", epoch=0)
+    service = ControlService(subject, lease, report=lambda: base, heartbeat_s=heartbeat_s)
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, service.handlers()),))
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +79,7 @@ async def serving(heartbeat_s: float = DEADLINE_S) -> AsyncIterator[Served]:
         server.add_insecure_port(address)
         await server.start()
         try:
-            yield Served(address, subject, lease, service, stops)
+            yield Served(address, subject, lease, service)
         finally:
             subject.gate.set()
             await server.stop(None)
@@ -255,13 +249,11 @@ def test_why_an_order_failed_is_reported_until_one_succeeds(caplog: pytest.LogCa
     assert "Assign 1 was not carried out" in caplog.text
 
 
-def test_stop_and_leads_reach_the_worker_from_the_leader() -> None:
+def test_each_lead_renews_the_lease() -> None:
     async def run() -> None:
         async with serving(heartbeat_s=0.01) as served, control(served.address) as leader:
             await leader.lead()
-            await leader.send(Stop())
-            await leader.until(lambda _: bool(served.stops))
-            assert served.lease.renewals == 2
+            await leader.until(lambda _: served.lease.renewals == 2)
 
     asyncio.run(run())
 

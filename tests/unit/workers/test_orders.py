@@ -10,7 +10,7 @@ from cluster.errors import ConfigError
 from cluster.protocol import Assign, Route, WorkerReport
 from workers.orders import HeldExperts, TakenRoutes
 
-REPORT = WorkerReport(worker_id="w", name="x", role="expert", node_id="n", pid=1, address="", epoch=1)
+REPORT = WorkerReport(worker_id="w", name="x", epoch=1)
 EXPERTS = ((0, 2), ())
 
 

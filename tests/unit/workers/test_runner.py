@@ -11,7 +11,7 @@ import pytest
 
 from cluster.errors import ForetokenError
 from cluster.protocol import EngineState, Finish, RequestOutput, StepOutput
-from workers.runner import EngineRunner
+from workers.runner import IDLE_WAIT_S, EngineRunner
 
 DEADLINE_S = 30.0
 
@@ -36,6 +36,85 @@ def test_a_fault_on_the_engines_thread_ends_the_process(caplog: pytest.LogCaptur
     assert died.wait(30), "nobody noticed"
     assert "the engine's thread failed" in caplog.text
     assert runner.stop(30)
+
+
+class StuckEngine:
+    """An engine whose step does not come back before it is told to."""
+
+    has_work = True
+    stalled = False
+
+    def __init__(self) -> None:
+        self.steps = threading.Event()
+        self.gate = threading.Event()
+
+    def step(self) -> StepOutput:
+        self.steps.set()
+        self.gate.wait(DEADLINE_S)
+        return StepOutput()
+
+    def tend(self) -> StepOutput:
+        return StepOutput()
+
+    def snapshot(self) -> EngineState:
+        return EngineState()
+
+
+def test_a_step_that_hangs_ends_the_process(caplog: pytest.LogCaptureFixture) -> None:
+    died = threading.Event()
+    engine = StuckEngine()
+    runner = EngineRunner(engine, lambda _: None, die=died.set, stuck_after_s=0.3)  # type: ignore[arg-type]
+    started = time.monotonic()
+    runner.start()
+    assert died.wait(DEADLINE_S), "nobody noticed"
+    assert time.monotonic() - started >= 0.3
+    assert "the engine's thread did not come round for 0.3 s: this worker ends itself" in caplog.text
+    engine.gate.set()
+    assert runner.stop(DEADLINE_S)
+
+
+def test_a_long_step_that_gets_on_is_no_hang() -> None:
+    engine = StuckEngine()
+    died: list[float] = []
+    runner = EngineRunner(
+        engine,  # type: ignore[arg-type]
+        lambda _: None,
+        die=lambda: died.append(time.monotonic()),
+        stuck_after_s=0.5,
+    )
+    runner.start()
+    assert engine.steps.wait(DEADLINE_S)
+    started = time.monotonic()
+    while time.monotonic() - started < 1.5:
+        assert not died
+        runner.pulse()
+        time.sleep(0.01)
+    engine.gate.set()
+    assert runner.stop(DEADLINE_S)
+
+
+@pytest.mark.parametrize("has_work", [False, True], ids=["idle", "waits-for-experts"])
+def test_who_waits_does_not_hang_and_who_has_ended_is_left_alone(has_work: bool) -> None:
+    engine = StuckEngine()
+    engine.has_work = has_work
+    died: list[float] = []
+    runner = EngineRunner(
+        engine,  # type: ignore[arg-type]
+        lambda _: None,
+        die=lambda: died.append(time.monotonic()),
+        can_step=lambda: False,
+        stuck_after_s=2 * IDLE_WAIT_S,
+    )
+    before = threading.active_count()
+    runner.start()
+    time.sleep(6 * IDLE_WAIT_S)  # that nothing happens can only be seen by waiting
+    assert not died
+    assert runner.stop(DEADLINE_S)
+    deadline = time.monotonic() + DEADLINE_S
+    while threading.active_count() > before:  # the watch ends with what it watches
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert not died
 
 
 @dataclass

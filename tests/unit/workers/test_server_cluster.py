@@ -126,7 +126,7 @@ def test_two_expert_workers_give_the_same_tokens_as_one_worker_with_all(
             for number, half in enumerate(HALVES):
                 await here.assign(number, 1, half)
             report = await here.route(1, HALVES)
-            assert (report.role, report.lost_peers, report.error) == ("attention", (), None)
+            assert (report.name, report.lost_peers, report.error) == ("attention-0", (), None)
             outputs: dict[str, list[int]] = {request.request_id: [] for request in REQUESTS[:2]}
             while any(len(token_ids) < 40 for token_ids in outputs.values()):
                 for output in (await stream.step()).outputs:
