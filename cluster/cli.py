@@ -276,6 +276,9 @@ def cluster_gateway(config: Config = None) -> None:
 @cluster.command("controller")
 def cluster_controller(
     pods: Annotated[bool, typer.Option("--pods", help="workers are started by Kubernetes, not through Ray")] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help="where it leaves a pulse, and what the next controller there goes on with")
+    ] = None,
     config: Config = None,
 ) -> None:
     """Run a cluster's controller (one process of a cluster; settings from file or environment)."""
@@ -283,7 +286,7 @@ def cluster_controller(
 
     from cluster.operate.controller import run
 
-    raise typer.Exit(run(settings, pods=pods))
+    raise typer.Exit(run(settings, pods=pods, folder=folder))
 
 
 @cluster.command("worker")

@@ -9,19 +9,23 @@ A setting has one name in four places, and the first that gives it a value wins:
 
 `load` reads them; `Settings.describe` tells each value and where it came from. A name that ends in ``_s`` is a time in
 seconds (its flag goes without: ``--drain-timeout``). A size is a number of bytes or text such as ``4GiB``.
+What a secret says stands in no error. A store with a password is no flag: everybody sees the list of processes.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import parse_qsl, urlsplit
 
 import pydantic
 import yaml
-from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SecretStr
+from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SecretStr, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from cluster.errors import ConfigError
@@ -30,8 +34,13 @@ ENV_PREFIX = "FORETOKEN_"
 FORMS = {  # what the pattern of a field asks for
     "device": "must be auto, cpu, cuda or cuda:<i>",
     "cluster_name": "must be letters a-z, digits and -, at most 40 in all, with no - at either end",
-    "store": "must begin with redis://, rediss:// or unix://, such as redis://localhost:6379/0",
 }
+STORE_FORM = (
+    "must begin with redis://, rediss:// or unix://, such as redis://localhost:6379/0; special characters of user and "
+    "password are percent-encoded: / as %2F, @ as %40"
+)
+# What follows the scheme: nothing else has an @, or a part of the password would be taken for the host.
+STORE_PATTERN = re.compile(r"(redis|rediss|unix)://([^/?#]*@)?[^/?#@]*(/[^?#@]*)?(\?[^#@]*)?(#[^@]*)?")
 
 
 def _expand_user(value: Any) -> Any:
@@ -55,7 +64,12 @@ class Settings(BaseSettings):
     """What `foretoken serve` and its sisters run with. Made by `load`, never written afterwards."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_ignore_empty=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        env_prefix=ENV_PREFIX,
+        env_ignore_empty=True,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
     )
 
     # what is served
@@ -98,8 +112,9 @@ class Settings(BaseSettings):
     attention_workers: int = Field(2, ge=1, le=256, description="workers that run requests")
     expert_workers: int = Field(2, ge=1, le=256, description="workers that hold experts, at most")
     expert_copies: int = Field(1, ge=1, le=8, description="copies of an expert at most, each on a node of its own")
-    store: str | None = Field(
-        None, pattern=r"^(redis|rediss|unix)://", description="the cluster's Redis; none: `cluster up` starts one"
+    store: SecretStr | None = Field(
+        None,
+        description="the cluster's Redis; none: `cluster up` starts one; with a password: FORETOKEN_STORE or the file",
     )
     token: SecretStr | None = Field(None, description="what processes of a cluster show each other (no flag)")
     advertise: str | None = Field(None, description="address that others reach this process at; none: found")
@@ -114,15 +129,47 @@ class Settings(BaseSettings):
 
     _origins: Mapping[str, str] = PrivateAttr(default_factory=dict)
 
+    @field_validator("store")
+    @classmethod
+    def _check_store(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and not _is_store_url(url.get_secret_value()):
+            raise PydanticCustomError("store_url", "{form}", {"form": STORE_FORM})
+        return url
+
     def describe(self) -> list[Setting]:
         """Every setting with its value and where that came from, in the order of the fields."""
         return [
-            Setting(name, _show(getattr(self, name)), self._origins.get(name, "default"), field.description or "")
+            Setting(name, _show(name, getattr(self, name)), self._origins.get(name, "default"), field.description or "")
             for name, field in type(self).model_fields.items()
         ]
 
 
-def _show(value: Any) -> str:
+SECRETS = frozenset(name for name, field in Settings.model_fields.items() if SecretStr in get_args(field.annotation))
+
+
+def store_address(url: SecretStr) -> str:
+    """Where a store is, as it may be shown: without user, password and options."""
+    parts = urlsplit(url.get_secret_value())
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _is_store_url(url: str) -> bool:
+    try:
+        _ = urlsplit(url).port
+    except ValueError:
+        return False
+    return STORE_PATTERN.fullmatch(url) is not None
+
+
+def _has_password(url: SecretStr) -> bool:
+    parts = urlsplit(url.get_secret_value())
+    options = parse_qsl(parts.query, keep_blank_values=True)
+    return bool(parts.password) or any("password" in name.lower() for name, _ in options)
+
+
+def _show(name: str, value: Any) -> str:
+    if name == "store" and value is not None:
+        return store_address(value)
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -139,7 +186,7 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
     """Settings from flags (None: not given), the environment and a file.
 
     Raises `ConfigError` for a file that cannot be read, a key it does not know, or a value out of range: it names the
-    key, the value and where they stand.
+    key, the value unless it is a secret, and where they stand.
     """
     from_file = {} if config is None else _read_file(config)
     from_env = dict(EnvSettingsSource(Settings)())
@@ -151,6 +198,12 @@ def load(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> 
         settings = Settings(**(from_file | from_env | from_flags))
     except pydantic.ValidationError as error:
         raise _config_error(error, origins) from None
+    if "store" in from_flags and settings.store is not None and _has_password(settings.store):
+        raise ConfigError(
+            f"--store {store_address(settings.store)} was given with a password, which everybody on this machine sees "
+            "in the list of processes: set FORETOKEN_STORE instead, or `store` in the config file, and change it",
+            param="store",
+        )
     settings._origins = origins
     return settings
 
@@ -161,7 +214,10 @@ def _read_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"the config file {path} cannot be read: {error.strerror}", param="config") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the config file {path} is not YAML: {error}", param="config") from None
+        # its own text may quote the line, and so a secret
+        where = getattr(error, "problem_mark", None)
+        place = f"line {where.line + 1}, column {where.column + 1} cannot be read" if where is not None else "no text"
+        raise ConfigError(f"the config file {path} is not YAML: {place}", param="config") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -182,4 +238,5 @@ def _config_error(error: pydantic.ValidationError, origins: Mapping[str, str]) -
     name = str(first["loc"][0])
     origin = origins.get(name, "default")
     reason = FORMS[name] if first["type"] == "string_pattern_mismatch" else first["msg"]
-    return ConfigError(f"{name} = {first['input']!r} (from {origin}): {reason}", param=name)
+    what = name if name in SECRETS else f"{name} = {first['input']!r}"
+    return ConfigError(f"{what} (from {origin}): {reason}", param=name)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.config import Settings
-from cluster.control.launch import PACKAGES
+from cluster.environment import PACKAGES
 from cluster.machine import X86, Machine, this_machine
 
 GIB = 1024**3

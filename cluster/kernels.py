@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 from cluster.config import Settings
-from cluster.control.launch import PACKAGES, kernels_dir
+from cluster.control.launch import kernels_dir
+from cluster.environment import child_environment
 from cluster.errors import ConfigError
 
 BUILD_TIMEOUT_S = 600.0
@@ -16,9 +17,10 @@ BUILD_TIMEOUT_S = 600.0
 def build(settings: Settings) -> str:
     """Compile what the cache does not have; -> the library's path. Raises `ConfigError` with the compiler's words."""
     command = [sys.executable, "-m", "workers.kernels.build", str(kernels_dir(settings))]
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGES)}
     try:
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S)
+        run = subprocess.run(
+            command, env=child_environment(os.environ), capture_output=True, text=True, timeout=BUILD_TIMEOUT_S
+        )
     except subprocess.TimeoutExpired as error:
         raise ConfigError(f"the CPU kernels were not built within {BUILD_TIMEOUT_S:g} s") from error
     if run.returncode:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import os
+import traceback
 from pathlib import Path
 
 import msgspec
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
-from cluster.config import FORMS, Settings, flag_name, load
+from cluster.config import FORMS, Settings, flag_name, load, store_address
 from cluster.errors import ConfigError
 from cluster.protocol import Launch
 
@@ -92,6 +93,102 @@ def test_every_pattern_has_words() -> None:
 def test_a_flag_is_the_settings_name_without_its_unit() -> None:
     assert flag_name("max_num_seqs") == "--max-num-seqs"
     assert flag_name("drain_timeout_s") == "--drain-timeout"
+
+
+SECRET = "s3cret"
+WITH_PASSWORD = [
+    f"redis://:{SECRET}@h:1/0",
+    f"rediss://user:{SECRET}@h/0",
+    f"unix://:{SECRET}@/run/redis.sock?db=1",
+    f"redis://h/0?password={SECRET}",
+    f"redis://h/0?Pass%77ord={SECRET}",
+    f"redis://:a@{SECRET}@h:1/0",
+]
+UNREADABLE = [
+    f"http://:{SECRET}@h",
+    f"redis://:{SECRET}/x@h",
+    f"redis://:1/{SECRET}@h",
+    f"redis://u:a?{SECRET}@h",
+    f"redis://u:a#{SECRET}@h",
+    f"redis://h:{SECRET}",
+    f"redis://[{SECRET}",
+    SECRET,
+]
+
+
+@pytest.mark.parametrize("url", WITH_PASSWORD)
+def test_a_stores_password_is_shown_nowhere(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORETOKEN_STORE", url)
+    settings = load()
+    assert settings.store is not None
+    assert settings.store.get_secret_value() == url
+    shown = {setting.name: setting.value for setting in settings.describe()}
+    assert SECRET not in f"{settings!r}{settings}{settings.model_dump()}{settings.model_dump_json()}{shown}"
+    assert shown["store"] == store_address(settings.store)
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("redis://u:p@h:1/0", "redis://h:1/0"),
+        ("rediss://u@[::1]:7/0?socket_timeout=1", "rediss://[::1]:7/0"),
+        ("unix://:p%40@/run/r.sock?db=2", "unix:///run/r.sock"),
+        ("redis://h", "redis://h"),
+    ],
+)
+def test_where_a_store_is_may_be_shown(url: str, address: str) -> None:
+    assert store_address(SecretStr(url)) == address
+
+
+@pytest.mark.parametrize("url", WITH_PASSWORD)
+def test_a_store_with_a_password_is_no_flag(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="set FORETOKEN_STORE instead, or `store` in the config file") as caught:
+        load({"store": url})
+    assert SECRET not in caught.value.message
+    assert load(config=_file(tmp_path, f"store: '{url}'\n")).store == SecretStr(url)
+
+
+@pytest.mark.parametrize("url", ["redis://h:1/0", "redis://user@h", "unix:///run/redis.sock?db=1"])
+def test_a_store_without_one_is(url: str) -> None:
+    assert load({"store": url}).store == SecretStr(url)
+
+
+@pytest.mark.parametrize("url", UNREADABLE)
+@pytest.mark.parametrize("is_flag", [True, False])
+def test_no_error_shows_a_secret(url: str, is_flag: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_flag:
+        monkeypatch.setenv("FORETOKEN_STORE", url)
+    with pytest.raises(
+        ConfigError, match=r"store \(from (FORETOKEN_STORE|--store)\): must begin with redis://"
+    ) as caught:
+        load({"store": url} if is_flag else {})
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"store: [{SECRET}\n",
+        f"token: *{SECRET}\n",
+        f"token: !{SECRET} x\n",
+        f'store: "redis://:{SECRET}@h\n',
+        f"token: @{SECRET}\n",
+        f"token: [{SECRET}]\n",
+        f"- {SECRET}\n",
+        f"redis://:{SECRET}@h\n",
+        f"toke: {SECRET}\n",
+        f"{{token: {SECRET}: x}}\n",
+    ],
+)
+def test_no_error_of_a_file_quotes_a_secret(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"serve\.yaml|token") as caught:
+        load(config=_file(tmp_path, text))
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_file_that_is_not_yaml_says_where(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"serve\.yaml is not YAML: line 2, column 9 cannot be read"):
+        load(config=_file(tmp_path, "port: 1\nhost: [a}\n"))
 
 
 def test_bad_value_in_the_environment_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
