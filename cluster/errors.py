@@ -14,8 +14,10 @@
     │   ├── OverloadedError             429     overloaded               the queue is full (Retry-After)
     │   ├── DrainingError               503     draining                 the server is shutting down
     │   ├── WorkerLostError             503     worker_lost              the process that ran the request died
+    │   │   └── StartRefusedError       503     start_refused            a worker's own words on why it cannot start
     │   ├── PeerLostError               503     peer_lost                another worker does not answer a worker
     │   ├── StoreUnavailableError       503     store_unavailable        the store cannot be reached, or is too slow
+    │   ├── UnreadableValueError        503     unreadable_value         the store holds what another release wrote
     │   └── DeadlineError               504     deadline_exceeded        the request's deadline passed
     ├── EngineError                     500     engine_error             a fault of ours inside a step
     ├── ConfigError                     500     invalid_config           a setting is unknown or out of range
@@ -89,12 +91,20 @@ class WorkerLostError(UnavailableError):
     code = "worker_lost"
 
 
+class StartRefusedError(WorkerLostError):
+    code = "start_refused"
+
+
 class PeerLostError(UnavailableError):
     code = "peer_lost"
 
 
 class StoreUnavailableError(UnavailableError):
     code = "store_unavailable"
+
+
+class UnreadableValueError(UnavailableError):
+    code = "unreadable_value"
 
 
 class DeadlineError(UnavailableError):

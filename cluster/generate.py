@@ -15,7 +15,7 @@ from cluster.control.model import Model, find_model
 from cluster.gateway.chat import load_template
 from cluster.gateway.fields import validate
 from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest, GenerationRequest
-from cluster.gateway.pool import Place, WorkerPool
+from cluster.gateway.pool import Endpoint, WorkerPool
 from cluster.gateway.settings import GatewaySettings, SamplingDefaults
 from cluster.gateway.submit import Texts, encode, make_submits, render_chat
 from cluster.gateway.tokenize import TextTokenizer
@@ -96,7 +96,7 @@ async def complete(settings: Settings, model: Model, prompt: Prompt, *, on_text:
         worker = local_worker(settings, model.path, model.name, folder)
         try:
             await worker.start()
-            async with WorkerPool([Place("worker", worker.launch.address)], max_resumptions=0) as pool:
+            async with WorkerPool([Endpoint("worker", worker.launch.address)], max_resumptions=0) as pool:
                 hello = await pool.ready(settings.start_timeout_s)
                 (submit,) = make_submits(
                     request, texts, reply_id="generate", hello=hello, settings=gateway, timeout_s=timeout_s

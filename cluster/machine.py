@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import socket
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,13 @@ def _processor() -> tuple[str, frozenset[str]]:
     except (OSError, subprocess.TimeoutExpired):
         shown = ""
     return shown.strip(), frozenset()
+
+
+def free_port(host: str = "") -> int:
+    """A TCP port that nothing uses now, at the address `host` or, "", at any of ours."""
+    with socket.socket() as listener:
+        listener.bind((host, 0))
+        return int(listener.getsockname()[1])
 
 
 def this_machine() -> Machine:

@@ -26,7 +26,7 @@ from cluster.control.model import Model, find_model
 from cluster.errors import ConfigError
 from cluster.event_loop import loop_factory
 from cluster.gateway.limits import FLUSH_S
-from cluster.gateway.pool import Place, WorkerPool
+from cluster.gateway.pool import Endpoint, WorkerPool
 from cluster.gateway.settings import GatewaySettings, SamplingDefaults
 from cluster.gateway.status import PoolStatus, StatusSource
 from cluster.machine import this_machine
@@ -98,7 +98,7 @@ async def serve(settings: Settings, model: Model, listener: socket.socket, start
         worker = local_worker(settings, model.path, model.name, folder)
         stop = asyncio.Event()
         on_signals(stop, lambda: _end_at_once(worker, folder))
-        pool = WorkerPool([Place("worker", worker.launch.address)])
+        pool = WorkerPool([Endpoint("worker", worker.launch.address)])
         status = PoolStatus(pool, model.name, this_machine().memory_bytes)
         supervise = asyncio.create_task(_supervise(worker, pool, settings, listener, started))
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -18,9 +18,12 @@ import msgspec
 
 from cluster.config import Settings
 from cluster.control.cluster_launch import HEARTBEATS, cluster_launch, demand_for, most_kv_bytes
+from cluster.control.ending import end_workers
+from cluster.control.jobs import Jobs
+from cluster.control.last_known import NOTHING, Known, LastKnown
 from cluster.control.launch import backoff_s
 from cluster.control.launcher import Launcher
-from cluster.control.leadership import LEASES, LOOKS, Leadership, LostLeadError
+from cluster.control.leadership import LOOKS, Leadership, LostLeadError
 from cluster.control.model import Model
 from cluster.control.placement import PlacedWorker
 from cluster.control.plan import Action, Decision, End, Forget, Observed, Plan, Send, Start, Terms, gist, placement_of
@@ -32,8 +35,10 @@ from cluster.control.status import cluster_status, conditions
 from cluster.control.topology import Node, Topology
 from cluster.errors import ForetokenError, StoreUnavailableError, UnavailableError
 from cluster.machine import Machine
-from cluster.protocol import ClusterStatus, ModelShape, WorkerRecord, WorkerReport
+from cluster.protocol import ModelShape, WorkerReport
+from cluster.silence import LASTING_LEASES, ListeningTime
 from cluster.store.base import Store
+from cluster.store.records import UNREADABLE, ClusterStatus, StartFailure, WorkerRecord
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +47,6 @@ STATUS_S = 0.5  # between two writes of the status, unless a condition changed
 STORE_S = 1.0  # between two looks whether the store still holds what it should
 NODES_S = 1.0  # between two looks at the nodes
 PODS_WAIT_S = 30.0  # the first pods wait so long for the others before the experts are shared out
-END_EXTRA_S = 2.0  # for workers to end, beside what runs
-END_POLL_S = 0.05
 VERSION_BITS = 24  # of an order's version, below the epoch: never the same for two controllers
 
 
@@ -60,15 +63,26 @@ class Controller:
         shape: ModelShape,
         machine: Machine,
         backoff: Callable[[int], float] = backoff_s,
+        last_known: LastKnown | None = None,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
+        """`beat` is called each time that the loop that decides goes round: it comes less often only where that hangs.
+
+        `last_known`: what the controller before this one, which has ended, knew of its workers.
+        """
         self.controller_id = uuid.uuid4().hex
         self._settings = settings
         self._launcher = launcher
         self._model = model
         self._machine = machine
         self._tick_s = settings.lease_s / HEARTBEATS
+        self._look_s = LASTING_LEASES * settings.lease_s / LOOKS  # between two looks at the store
         self._terms = Terms(shape, demand_for(settings, shape), settings.lease_s, most_kv_bytes(settings, shape))
-        self._leadership = Leadership(store, self.controller_id, lease_s=settings.lease_s)
+        self._beat = beat
+        self._last_known = last_known
+        self._known = last_known.read() if last_known is not None else None
+        before = self._known.lead if self._known is not None else None
+        self._leadership = Leadership(store, self.controller_id, lease_s=settings.lease_s, before=before)
         self._registry = Registry(store, owns_workers=launcher.starts_workers)
         self._restarts = Restarts(backoff)
         self._roster = Roster(
@@ -85,9 +99,8 @@ class Controller:
         self._gist: object = None  # of what it was made from
         self._nodes: dict[str, Node] = {}  # all that were ever seen, as they were before workers ran on them
         self._node_ids: frozenset[str] | None = None  # those that are there; None: not known yet
-        self._jobs: dict[Hashable, asyncio.Task[None]] = {}  # what runs beside the loop, one of a kind
         self._news = asyncio.Event()
-        self._lost_lead: LostLeadError | None = None
+        self._jobs = Jobs(self._tick_s, self._news.set)  # what runs beside the loop
         self._highest_epoch = 0  # that a worker named
         self._is_taking_over = True
         self._launcher_problem: str | None = None
@@ -97,33 +110,40 @@ class Controller:
     async def run(self, stop: asyncio.Event) -> None:
         """Lead until `stop`; then end the workers, where it is us who start them.
 
-        Raises `LostLeadError` where another controller leads; workers go on.
+        Raises `LostLeadError` where another controller leads, and what ended a loop that leading needs; workers go on.
         """
-        if not await self._leadership.acquire(stop.is_set):
-            return
-        self._job("stop", partial(self._watch_stop, stop))
+        self._jobs.keep("stop", partial(self._watch_stop, stop))
         try:
+            self._hold()
+            if not await self._leadership.acquire(stop.is_set, self._beat):
+                return
+            self._jobs.keep("lead", self._keep_lead)
             if await self._take_over(stop):
                 await self._lead(stop)
                 if self._launcher.starts_workers:
                     await self._end_workers()
+            await self._jobs.cancel("lead")  # which would take it back
             await self._leadership.resign()
         finally:
             await self._let_go()
 
     async def _lead(self, stop: asyncio.Event) -> None:
-        self._job("store", self._look_after_store)
-        self._job("nodes", self._look_at_nodes)
-        last = time.monotonic()
+        self._jobs.keep("store", self._look_after_store)
+        self._jobs.keep("nodes", self._look_at_nodes)
+        listening = ListeningTime(self._tick_s)
         while not stop.is_set():
-            now = time.monotonic()
-            # Time in which we did not run does not count: what was reported then is yet to be read.
-            self._roster.age(min(now - last, 2 * self._tick_s))
-            last = now
-            await self._tick(now)
+            self._roster.age(listening.passed_s())
+            await self._tick(time.monotonic())
             await self._wait_for_news()
 
     # ------------------------------------------------------------------------------------------------------ taking over
+
+    def _hold(self) -> None:
+        """Go on renewing the leases that the controller before this one kept, whoever is to lead."""
+        if self._known is not None and self._known.workers:
+            logger.info("holding %s as controller %s", ", ".join(self._known.workers), self._known.lead.controller_id)
+            for record in self._known.workers.values():
+                self._roster.add(record, is_adopted=True)
 
     async def _take_over(self, stop: asyncio.Event) -> bool:
         """Find what runs already, and an epoch that all of it obeys; False where `stop` came first."""
@@ -137,19 +157,23 @@ class Controller:
                 placed, topology = decode_placement(placement)
                 self._plan = replace(self._plan, placement=placed)
                 self._nodes = {node.id: node for node in topology.nodes}
-            except msgspec.MsgspecError as error:
+            except UNREADABLE as error:
                 logger.warning("the stored placement cannot be read: %s", error)
-        for name, record in records.items():
-            if await self._can_adopt(record):
-                self._roster.add(record, is_adopted=True)
-                logger.info("adopted %s, process %d on %s", name, record.pid, record.node_id)
+        for member in self._roster:  # its stream is still the last controller's, and an order on it would be that one's
+            self._roster.remove(member)
+        for record in records.values():
+            self._roster.add(record, is_adopted=True)
         if self._plan.placement is None and records:
-            self._plan = replace(self._plan, placement=placement_of(self._roster.records.values()))
+            self._plan = replace(self._plan, placement=placement_of(records.values()))
+        self._remember()
+        for member in self._roster:  # each on its own: one that nobody can reach is waited for by nobody
+            self._jobs.once(("ask", member.record.worker_id), partial(self._adopt, member))
         deadline = time.monotonic() + self._settings.lease_s
-        while any(member.report is None for member in self._roster) and time.monotonic() < deadline:
+        while not all(member.is_led for member in self._roster) and time.monotonic() < deadline:
             await self._wait_for_news()
             if self._highest_epoch >= self._leadership.epoch:
                 await self._leadership.raise_above(self._highest_epoch)
+                self._remember()
                 deadline = time.monotonic() + self._settings.lease_s
         self._is_taking_over = False
         self._registry.want_workers(self._roster.records)  # what is not wanted is deleted
@@ -158,26 +182,55 @@ class Controller:
         return not stop.is_set()
 
     async def _load(self) -> tuple[dict[str, WorkerRecord], bytes | None] | None:
+        """Workers and placement as they were last; None where the store cannot be reached."""
         try:
-            return await self._registry.load()
+            records, placement = await self._registry.load()
         except StoreUnavailableError as error:
             logger.warning("waiting for the store: %s", error.message)
             return None
+        known = self._known
+        if known is not None and self._leadership.found_epoch <= known.lead.epoch:
+            # Nobody has led since, so that the store is no newer, and is empty where it lost what it held.
+            records |= known.workers
+            placement = bytes(known.placement) if bytes(known.placement) != NOTHING else placement
+        return records, placement
 
-    async def _can_adopt(self, record: WorkerRecord) -> bool:
+    def _remember(self) -> None:
+        """Leave to the next controller on this machine what it needs where it does not find it in the store."""
+        if self._last_known is not None:
+            placement = self._encoded_placement()
+            stored = msgspec.Raw(placement if placement is not None else NOTHING)
+            self._last_known.write(Known(self._leadership.message, self._roster.records, stored))
+
+    async def _adopt(self, member: Member) -> None:
         try:
-            return await self._launcher.adopt(record)
+            is_there = await self._launcher.adopt(member.record)
         except UnavailableError:
-            return True  # nobody can say: its reports will tell
+            return  # nobody can say: its reports will tell
+        record = member.record
+        if is_there:
+            logger.info("adopted %s, process %d on %s", record.name, record.pid, record.node_id)
+        elif self._is_taking_over:
+            self._roster.remove(member)
+        else:
+            member.is_running = False
+        self._news.set()
 
     def _on_refused(self, report: WorkerReport) -> None:
         """A worker obeys another controller."""
-        if report.epoch < self._leadership.epoch:
+        if report.epoch < self._leadership.message.epoch:
             return  # it has yet to hear of the epoch that was taken since
+        if not self._leadership.epoch:
+            if report.epoch > self._leadership.message.epoch:
+                self._roster.drop(report.worker_id)  # it was only held
+            return
         self._highest_epoch = max(self._highest_epoch, report.epoch)
         if not self._is_taking_over:
-            self._lost_lead = LostLeadError(
-                f"{report.name} obeys another controller, with epoch {report.epoch}; ours is {self._leadership.epoch}"
+            self._jobs.fail(
+                LostLeadError(
+                    f"{report.name} obeys another controller, with epoch {report.epoch}; "
+                    f"ours is {self._leadership.epoch}"
+                )
             )
         self._news.set()
 
@@ -188,32 +241,32 @@ class Controller:
         self._news.set()
 
     async def _wait_for_news(self) -> None:
-        """Until something happened, or a tick."""
+        """Until something happened, or a tick. Raises what ended a loop that leading needs."""
+        self._beat()
         try:
             async with asyncio.timeout(self._tick_s):
                 await self._news.wait()
         except TimeoutError:
-            return
-        finally:
-            self._news.clear()
+            pass
+        self._news.clear()
+        if self._jobs.failure is not None:
+            raise self._jobs.failure
+
+    async def _keep_lead(self) -> None:
+        while True:
+            await self._leadership.renew()
+            await asyncio.sleep(self._look_s)
 
     async def _look_after_store(self) -> None:
-        """Keep the lead, and the store as it should be; where others start workers, see who is there."""
-        pause_s = LEASES * self._settings.lease_s / LOOKS
+        """Keep the store as it should be; where others start workers, see who is there."""
         wrote_at = 0.0
         while True:
-            try:
-                await self._leadership.renew()
-            except LostLeadError as error:
-                self._lost_lead = error
-                self._news.set()
-                return
             if time.monotonic() - wrote_at > STORE_S:
                 wrote_at = time.monotonic()
                 await self._registry.try_sync()
             if not self._launcher.starts_workers:
                 await self._look_at_registered()
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(self._look_s)
 
     async def _look_at_registered(self) -> None:
         try:
@@ -277,7 +330,7 @@ class Controller:
 
     def _starting(self, now_s: float) -> frozenset[str]:
         if self._launcher.starts_workers:
-            return frozenset(key[1] for key in self._jobs if isinstance(key, tuple) and key[0] == "start")
+            return self._jobs.named("start")
         if now_s - self._started_at > PODS_WAIT_S:
             return frozenset()
         num_there = sum(member.record.role == "expert" for member in self._roster)
@@ -286,12 +339,10 @@ class Controller:
     # ----------------------------------------------------------------------------------------------------------- acting
 
     async def _tick(self, now_s: float) -> None:
-        if self._lost_lead is not None:
-            raise self._lost_lead
         for member in self._roster:
             if member.is_running and (member.is_suspect or member.silent_s > self._settings.lease_s):
                 member.is_suspect = False
-                self._job(("ask", member.record.worker_id), partial(self._ask_launcher, member))
+                self._jobs.once(("ask", member.record.worker_id), partial(self._ask_launcher, member))
         if self._node_ids is None and self._launcher_problem is None:
             return  # the first look at the nodes is under way
         observed = self._observe(now_s)
@@ -303,33 +354,20 @@ class Controller:
             self._plan = self._decision.plan
             for action in self._decision.actions:
                 self._act(action)
-        found = self._restarts.problem() or self._launcher_problem or self._roster.refusal()
-        self._publish(observed, found or self._decision.problem)
+        failures = self._restarts.failures()
+        hopeless = next((f"{failure.worker} does not start: {failure.message}" for failure in failures), None)
+        found = hopeless or self._launcher_problem or self._roster.refusal()
+        self._publish(observed, found or self._decision.problem, failures)
 
     def _act(self, action: Action) -> None:
         if isinstance(action, Start):
-            self._job(("start", action.worker.id), partial(self._start, action.worker))
+            self._jobs.once(("start", action.worker.id), partial(self._start, action.worker))
         elif isinstance(action, End):
-            self._job(("end", action.record.worker_id), partial(self._end, action.record, kill=action.kill))
+            self._jobs.once(("end", action.record.worker_id), partial(self._end, action.record, kill=action.kill))
         elif isinstance(action, Forget):
             self._forget(action.record)
         elif isinstance(action, Send):
             self._roster.send(action.name, action.worker_id, action.message)
-
-    def _job(self, key: Hashable, run: Callable[[], Awaitable[None]]) -> None:
-        """Run something beside the loop, unless the like runs already."""
-
-        async def job() -> None:
-            try:
-                await run()
-            except Exception:
-                logger.exception("the controller's job %s failed", key)
-                await asyncio.sleep(self._tick_s)  # before the loop orders it again
-            finally:
-                del self._jobs[key]
-
-        if key not in self._jobs:
-            self._jobs[key] = asyncio.get_running_loop().create_task(job())
 
     async def _start(self, worker: PlacedWorker) -> None:
         assert self._plan.placement is not None
@@ -340,8 +378,7 @@ class Controller:
             record = await self._launcher.start(worker, launch)
         except ForetokenError as error:
             logger.error("%s could not be started: %s", worker.id, error.message)
-            is_workers = type(error) is not UnavailableError  # otherwise it is the launcher that cannot be reached
-            self._restarts.note_failure(worker.id, time.monotonic(), error.message if is_workers else "")
+            self._restarts.note_failure(worker.id, time.monotonic(), error)
         else:
             logger.info("%s serves on %s, process %d", worker.id, record.address, record.pid)
             self._restarts.note_start(worker.id)
@@ -368,14 +405,15 @@ class Controller:
             self._restarts.note_death(record.name, now_s, now_s - member.since_s)
             self._news.set()
 
-    def _publish(self, observed: Observed, problem: str | None) -> None:
+    def _publish(self, observed: Observed, problem: str | None, failures: tuple[StartFailure, ...]) -> None:
         """Say what the store should hold from now on."""
         self._registry.want_workers(self._roster.records)
-        if self._plan.placement is not None and self._launcher.starts_workers:
-            self._registry.want_placement(encode_placement(self._plan.placement, self._nodes.values()))
+        if (placement := self._encoded_placement()) is not None:
+            self._registry.want_placement(placement)
+        self._remember()
         lead, before = self._leadership.message, self._status
         status = cluster_status(
-            self._settings.cluster_name, self._model.name, lead, self._terms, observed, self._plan, problem
+            self._settings.cluster_name, self._model.name, lead, self._terms, observed, self._plan, problem, failures
         )
         is_news = before is None or conditions(before) != conditions(status)
         if is_news or (before is not None and status.at_s - before.at_s > STATUS_S):
@@ -384,46 +422,27 @@ class Controller:
                 logger.warning("%s", problem)
             self._status = status
             self._registry.want_status(status)
-            self._job("sync", self._sync)
+            self._jobs.once("sync", self._registry.try_sync)
 
-    async def _sync(self) -> None:
-        await self._registry.try_sync()
+    def _encoded_placement(self) -> bytes | None:
+        """As it is kept, where it is ours to keep."""
+        if self._plan.placement is None or not self._launcher.starts_workers:
+            return None
+        return encode_placement(self._plan.placement, self._nodes.values())
 
     # ---------------------------------------------------------------------------------------------------------- the end
 
     async def _end_workers(self) -> None:
-        """End all workers; those with requests first, while the experts that they need are there."""
         logger.info("stopping: ending the workers")
-        await self._cancel_jobs("start")
-        for role, timeout_s in (("attention", self._settings.drain_timeout_s + END_EXTRA_S), ("expert", END_EXTRA_S)):
-            members = [member for member in self._roster if member.record.role == role]
-            await asyncio.gather(*(self._end_worker(member, timeout_s) for member in members))
+        await self._jobs.cancel("start")
+        await end_workers(self._roster, self._launcher, self._settings.drain_timeout_s)
         self._registry.want_workers({})
         if self._status is not None:
             self._registry.want_status(msgspec.structs.replace(self._status, workers=(), at_s=time.time()))
         await self._registry.try_sync()
-
-    async def _end_worker(self, member: Member, timeout_s: float) -> None:
-        record = member.record
-        deadline = time.monotonic() + timeout_s
-        try:
-            await self._launcher.stop(record, kill=False)
-            while await self._launcher.is_running(record):
-                if time.monotonic() > deadline:
-                    logger.warning("%s did not end in time and was killed", record.name)
-                    await self._launcher.stop(record, kill=True)
-                    break
-                await asyncio.sleep(END_POLL_S)
-        except UnavailableError as error:
-            logger.warning("%s was left to end by itself: %s", record.name, error.message)
-        self._roster.remove(member)
+        if self._last_known is not None:
+            self._last_known.forget()
 
     async def _let_go(self) -> None:
-        await self._cancel_jobs()
+        await self._jobs.cancel()
         await self._roster.close()
-
-    async def _cancel_jobs(self, kind: str | None = None) -> None:
-        jobs = [job for key, job in self._jobs.items() if kind is None or (isinstance(key, tuple) and key[0] == kind)]
-        for job in jobs:
-            job.cancel()
-        await asyncio.gather(*jobs, return_exceptions=True)

@@ -19,13 +19,14 @@ from pathlib import Path
 import msgspec
 
 from cluster.control.launch import COMMAND, LAST_WORD, POLL_S, TAIL_BYTES, TAIL_LINES
-from cluster.errors import DeadlineError, WorkerLostError
+from cluster.errors import DeadlineError, StartRefusedError, WorkerLostError
 from cluster.protocol import Announcement, Launch
 
 MODULE = "workers.server"
 NUM_OLD_LOGS = 3
 PS_TIMEOUT_S = 5.0
 EXEC_LOOKS, EXEC_POLL_S = 20, 0.005  # at a process that shows no command line
+SHELL_TIMEOUT_S = 30.0  # for the shell that starts it to say the id
 END_TIMEOUT_S = 5.0  # from SIGKILL until a process is gone
 # A command in the background reads /dev/null unless its input is another descriptor's.
 START = 'exec 3<&0; "$@" <&3 3<&- >&2 & echo $!'
@@ -42,9 +43,9 @@ def start_detached(
 ) -> Announcement:
     """Start a worker and wait until it serves; blocks. Its announcement and process id are kept beside `log_path`.
 
-    A worker of this name that an earlier call left behind is killed first. Raises `WorkerLostError` with its own
-    `error:` line, or its last lines, where it ends before it serves or `give_up` is set, and `DeadlineError` after
-    `timeout_s`; no process is left behind.
+    A worker of this name that an earlier call left behind is killed first. Where it ends before it serves it raises
+    `StartRefusedError` with its own `error:` line, or without one `WorkerLostError` with its last lines, as it does
+    where `give_up` is set; `DeadlineError` after `timeout_s`. No process is left behind.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     announce_path, pid_path = log_path.with_suffix(".json"), log_path.with_suffix(".pid")
@@ -58,7 +59,7 @@ def start_detached(
         deadline = time.monotonic() + timeout_s
         while (announcement := _announced(announce_path, pid)) is None:
             if not is_running(pid, launch.name):
-                raise WorkerLostError(_last_word(log_path) or _died(log_path))
+                raise _how_it_ended(log_path)
             if give_up is not None and give_up.is_set():
                 raise WorkerLostError("the worker was stopped while it started")
             if time.monotonic() > deadline:
@@ -110,7 +111,7 @@ def _is_zombie(pid: int) -> bool:
 
 
 def _start(launch: Launch, environment: Mapping[str, str], log_path: Path, command: Sequence[str]) -> int:
-    """The process id of a worker that has its launch message."""
+    """The process id of a worker that has its launch message. Raises `WorkerLostError` and `DeadlineError`."""
     with (
         log_path.open("wb") as log,
         subprocess.Popen(
@@ -122,12 +123,20 @@ def _start(launch: Launch, environment: Mapping[str, str], log_path: Path, comma
             start_new_session=True,
         ) as shell,
     ):
-        assert shell.stdin is not None
-        assert shell.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it ended at once; its log tells why
-            shell.stdin.write(msgspec.json.encode(launch) + b"\n")
-            shell.stdin.close()
-        return int(shell.stdout.readline())
+        try:
+            said, _ = shell.communicate(msgspec.json.encode(launch) + b"\n", SHELL_TIMEOUT_S)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise DeadlineError(
+                f"{launch.name} did not take its launch message within {SHELL_TIMEOUT_S:g} s: this machine may be out "
+                "of processes or memory"
+            ) from None
+    if not said.strip().isdigit():
+        raise WorkerLostError(f"the shell did not start {launch.name}. Its last lines:\n{_last_lines(log_path)}")
+    return int(said)
 
 
 def _announced(path: Path, pid: int) -> Announcement | None:
@@ -166,15 +175,13 @@ def _tail(log_path: Path) -> bytes:
         return log.read()
 
 
-def _last_word(log_path: Path) -> str:
-    found = LAST_WORD.search(_tail(log_path))
-    return found[1].decode("utf-8", errors="replace").strip() if found else ""
+def _how_it_ended(log_path: Path) -> WorkerLostError:
+    """Of a worker that ended before it served."""
+    if found := LAST_WORD.search(_tail(log_path)):
+        return StartRefusedError(found[1].decode("utf-8", errors="replace").strip())
+    return WorkerLostError(f"the worker ended while it started. Its last lines ({log_path}):\n{_last_lines(log_path)}")
 
 
 def _last_lines(log_path: Path) -> str:
     lines = _tail(log_path).decode("utf-8", errors="replace").replace("\r", "\n").splitlines()
     return "\n".join([line for line in lines if line.strip()][-TAIL_LINES:])
-
-
-def _died(log_path: Path) -> str:
-    return f"the worker ended while it started. Its last lines ({log_path}):\n{_last_lines(log_path)}"

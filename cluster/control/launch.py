@@ -24,14 +24,14 @@ from typing import BinaryIO
 import msgspec
 
 from cluster.config import Settings
-from cluster.errors import DeadlineError, WorkerLostError
+from cluster.environment import child_environment
+from cluster.errors import DeadlineError, StartRefusedError, WorkerLostError
 from cluster.machine import X86, Machine, this_machine
 from cluster.protocol import Launch
 
 logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-P", "-m", "workers.server")
-PACKAGES = Path(__file__).resolve().parents[2]  # the folder that holds cluster/ and workers/
 MAX_EQUAL_START_FAILURES = 3
 STABLE_S = 60.0  # a worker that lived this long starts again without waiting
 POLL_S = 0.02
@@ -44,11 +44,6 @@ LAST_WORD = re.compile(rb"^error: (.*)", re.MULTILINE | re.DOTALL)
 def backoff_s(num_failures: int) -> float:
     """Seconds to wait before the restart after this many deaths in a row: 0, 0.5, 1, 2 … 10."""
     return 0.0 if num_failures <= 1 else min(10.0, 0.5 * 2 ** (num_failures - 2))
-
-
-def python_path(inherited: Mapping[str, str]) -> str:
-    """The ``PYTHONPATH`` of a process of ours: our packages first, then what is inherited."""
-    return os.pathsep.join([str(PACKAGES), *filter(None, [inherited.get("PYTHONPATH")])])
 
 
 def logs_folder(settings: Settings) -> Path:
@@ -89,13 +84,12 @@ def launch_message(
 
 
 def worker_environment(launch: Launch, machine: Machine, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a worker: what must stand before torch is imported.
+    """The environment of a worker: no secret, and what must stand before torch is imported.
 
     ``MKL_CBWR`` holds Intel's MKL to one order of additions whatever the number of rows (numerics class `invariant`).
     A container's CPU quota is not seen by OpenMP, which would start a thread for each core of the machine.
     """
-    environment = dict(inherited)
-    environment["PYTHONPATH"] = python_path(inherited)
+    environment = child_environment(inherited)
     invariant = launch.numerics == "invariant" or (launch.numerics == "auto" and not launch.device.startswith("cuda"))
     if invariant and machine.architecture in X86:
         for flag, isa in (("avx512f", "AVX512"), ("avx2", "AVX2")):
@@ -161,8 +155,9 @@ class WorkerProcess:
     async def start(self) -> None:
         """Start the process and wait until it answers.
 
-        Raises `WorkerLostError` with its exit code and last lines when it ends before that, or when `stop` comes
-        meanwhile; `DeadlineError` when it takes longer than the start timeout. No process is left behind.
+        Raises `StartRefusedError` with its own `error:` line when it ends before that, or without one `WorkerLostError`
+        with its exit code and last lines, as it does when `stop` comes meanwhile; `DeadlineError` when it takes
+        longer than the start timeout. No process is left behind.
         """
         async with self._starting:
             await self._start()
@@ -281,7 +276,7 @@ class WorkerProcess:
             if process.returncode is not None:
                 await self._reap()
                 if last_word := LAST_WORD.search(self._tail):
-                    raise WorkerLostError(last_word[1].decode("utf-8", errors="replace").strip())
+                    raise StartRefusedError(last_word[1].decode("utf-8", errors="replace").strip())
                 raise WorkerLostError(
                     f"the worker {_exit_words(process.returncode)} while it started. Its last lines:\n{self.last_lines}"
                 )

@@ -10,7 +10,8 @@ from typing import Protocol
 
 from cluster.control.placement import PlacedWorker
 from cluster.control.topology import Topology
-from cluster.protocol import Announcement, Launch, WorkerRecord
+from cluster.protocol import Announcement, Launch
+from cluster.store.records import WorkerRecord
 
 
 class Launcher(Protocol):
@@ -28,8 +29,9 @@ class Launcher(Protocol):
     async def start(self, worker: PlacedWorker, launch: Launch) -> WorkerRecord:
         """Start a process for `worker` on its node and wait until it serves.
 
-        `launch` has everything but what only the node knows (address, announce_path, tensor_host, kernels). Raises
-        `WorkerLostError` with its last lines where it ends before it serves.
+        `launch` has everything but what only the node knows (address, announce_path, tensor_host, kernels). Where it
+        ends before it serves it raises `StartRefusedError` with the worker's own words, or without any
+        `WorkerLostError` with its last lines.
         """
 
     async def adopt(self, record: WorkerRecord) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import Settings
-from cluster.control.launch import PACKAGES
+from cluster.environment import PACKAGES
 from cluster.errors import CheckpointError
 
 DEMO_NAME = "foretoken-demo"

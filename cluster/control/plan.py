@@ -10,9 +10,9 @@ import msgspec
 from cluster.control.balance import Expert
 from cluster.control.placement import Demand, PlacedWorker, Placement
 from cluster.control.topology import Topology
-from cluster.protocol import Assign, EngineState, ModelShape, Route, WorkerRecord, WorkerReport
-
-KILL_AFTER_LEASES = 5  # a silent process is killed after so many leases
+from cluster.protocol import Assign, EngineState, ModelShape, Route, WorkerReport
+from cluster.silence import HUNG_LEASES
+from cluster.store.records import WorkerRecord
 
 Held = frozenset[Expert]
 
@@ -150,7 +150,7 @@ def is_live(terms: Terms, worker: Seen) -> bool:
 
 def is_hung(terms: Terms, worker: Seen) -> bool:
     """It was silent for too long to be waited for."""
-    return worker.silent_s > KILL_AFTER_LEASES * terms.lease_s
+    return worker.silent_s > HUNG_LEASES * terms.lease_s
 
 
 def gist(terms: Terms, seen: Observed) -> object:

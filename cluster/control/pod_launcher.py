@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-import msgspec
-
 from cluster.control.placement import PlacedWorker
-from cluster.control.registry import WORKERS
 from cluster.control.topology import Device, Node, Topology
 from cluster.errors import UnavailableError
-from cluster.protocol import Launch, WorkerRecord
+from cluster.protocol import Launch
 from cluster.store.base import Store
-
-_decode = msgspec.json.Decoder(WorkerRecord).decode
+from cluster.store.records import WORKERS, Reader, WorkerRecord
 
 
 class PodLauncher:
@@ -21,6 +17,7 @@ class PodLauncher:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._reader = Reader()
 
     @property
     def starts_workers(self) -> bool:
@@ -29,9 +26,9 @@ class PodLauncher:
     async def topology(self) -> Topology:
         """The nodes that have workers; a node's memory is what its workers have."""
         devices: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        for entry in (await self._store.entries(WORKERS)).values():
-            record = _decode(entry.value)
-            devices[record.node_id][record.device_id] += record.memory_bytes
+        for key, entry in (await self._store.entries(WORKERS)).items():
+            if (record := self._reader.read_worker(key, entry.value)) is not None:
+                devices[record.node_id][record.device_id] += record.memory_bytes
         return Topology(
             tuple(
                 Node(
@@ -52,8 +49,14 @@ class PodLauncher:
 
     async def is_running(self, record: WorkerRecord) -> bool:
         """Whether it is still registered; its lease ends soon after its pod."""
-        entry = await self._store.get(WORKERS + record.name)
-        return entry is not None and _decode(entry.value).worker_id == record.worker_id
+        key = WORKERS + record.name
+        entry = await self._store.get(key)
+        if entry is None:
+            return False
+        found = self._reader.read_worker(key, entry.value)
+        if found is None:
+            raise UnavailableError(f"the store's {key} cannot be read")
+        return found.worker_id == record.worker_id
 
     async def stop(self, record: WorkerRecord, *, kill: bool) -> None:
         """Nothing: a pod ends its worker itself when that hangs (`cluster worker`)."""

@@ -16,10 +16,10 @@ from cluster.control.launcher import record_of
 from cluster.control.placement import PlacedWorker
 from cluster.control.topology import Topology, local_topology
 from cluster.machine import this_machine
-from cluster.protocol import Announcement, Launch, WorkerRecord
+from cluster.protocol import Announcement, Launch
+from cluster.store.records import WorkerRecord
 
 HOST = "127.0.0.1"
-TOKEN_VARIABLE = "FORETOKEN_TOKEN"  # a worker gets it in its launch message
 
 
 class ProcessLauncher:
@@ -37,7 +37,7 @@ class ProcessLauncher:
         self._start_timeout_s = settings.start_timeout_s
         self._topology = local_topology(num_nodes)
         self._command = tuple(command)
-        self._environment = {name: value for name, value in environment.items() if name != TOKEN_VARIABLE}
+        self._environment = environment
 
     @property
     def starts_workers(self) -> bool:

@@ -16,7 +16,8 @@ from pathlib import Path
 import msgspec
 
 from cluster.control import detached
-from cluster.control.launch import PACKAGES, worker_environment
+from cluster.control.launch import worker_environment
+from cluster.environment import PACKAGES
 from cluster.errors import CheckpointError, ForetokenError
 from cluster.machine import this_machine
 from cluster.protocol import Launch
@@ -24,8 +25,7 @@ from cluster.protocol import Launch
 POLL_S = 0.2
 LINGER_S = 10.0  # an actor whose process has ended still answers for so long, then ends as well
 PROBE_TIMEOUT_S = 20.0
-# What Ray puts into an actor's environment is not meant for the worker: its token, its library paths, one thread.
-NOT_FOR_WORKERS = ("RAY_", "OMP_NUM_THREADS", "PYTHONBREAKPOINT", "FORETOKEN_TOKEN")
+NOT_FOR_WORKERS = ("OMP_NUM_THREADS", "PYTHONBREAKPOINT")  # Ray puts them there for the actor: one thread
 
 Answer = tuple[str, str]  # ("", result) or (error code, message)
 
@@ -109,8 +109,8 @@ class WorkerActor:
 
 
 def for_workers(environment: Mapping[str, str]) -> dict[str, str]:
-    """An actor's environment without what Ray put there."""
-    return {name: value for name, value in environment.items() if not name.startswith(NOT_FOR_WORKERS)}
+    """An actor's environment without what Ray put there and no `child_environment` leaves out."""
+    return {name: value for name, value in environment.items() if name not in NOT_FOR_WORKERS}
 
 
 def gpu_bytes() -> list[int]:

@@ -22,6 +22,7 @@ import ray
 from ray.exceptions import ActorUnschedulableError, GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.config import ENV_PREFIX, SECRETS
 from cluster.control.ray_actor import Answer, WorkerActor, gpu_bytes
 from cluster.control.ray_launcher import CALL_TIMEOUT_S, Call, Connect, RayNode, Reply, Target
 from cluster.errors import ForetokenError, UnavailableError, by_code
@@ -34,8 +35,10 @@ NAME_TIMEOUT_S = 5.0  # until the name of an actor that was killed is free
 PROBE_TIMEOUT_S = 1.0
 POLL_S = 0.1
 RECONNECT_TIMEOUT_S = 10  # Ray's own, after which it ends this process; the next one then tries
-# A worker finds its GPU by its index on the node, so Ray only counts them.
-ACTOR_ENVIRONMENT = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+ACTOR_ENVIRONMENT = {
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",  # a worker finds its GPU by its index: Ray only counts them
+    **{ENV_PREFIX + name.upper(): "" for name in SECRETS},  # a job's own variables would be inherited
+}
 
 
 class Bridge:
@@ -203,17 +206,22 @@ class Bridge:
             ray.kill(ray.get_actor(name))
 
     def _end_all(self, timeout_s: float) -> int:
-        """SIGTERM, and SIGKILL near the deadline, to every process that our actors watch; then the actors end."""
+        """SIGTERM, and SIGKILL near the deadline, to every process that our actors watch; then the actors end.
+
+        However many do not answer, that takes no longer than `timeout_s`.
+        """
         names = [entry["name"] for entry in ray.util.list_named_actors(all_namespaces=True) if self._is_ours(entry)]
         actors = {name: actor for name in names if (actor := self._known_actor(name)) is not None}
-        num_there = sum(_quietly([actor.stop.remote(0, False) for actor in actors.values()], default=False))
-        give_up_at = time.monotonic() + max(0.0, timeout_s - CALL_TIMEOUT_S)
-        while not all(_quietly([actor.is_idle.remote() for actor in actors.values()], default=True)):
-            if time.monotonic() > give_up_at:
-                _quietly([actor.stop.remote(0, True) for actor in actors.values()], default=False)
-                time.sleep(POLL_S)
-                break
+        kill_at = time.monotonic() + max(0.0, timeout_s - CALL_TIMEOUT_S)
+        stopped = [actor.stop.remote(0, False) for actor in actors.values()]
+        num_there = sum(_answers(stopped, ACTOR_TIMEOUT_S / 2).values())
+        silent = set(actors)
+        while silent and time.monotonic() < kill_at:
+            asked = {actors[name].is_idle.remote(): name for name in silent}
+            idle = _answers(list(asked), min(ACTOR_TIMEOUT_S, max(POLL_S, kill_at - time.monotonic())), if_gone=True)
+            silent -= {asked[reference] for reference, is_idle in idle.items() if is_idle}
             time.sleep(POLL_S)
+        _answers([actors[name].stop.remote(0, True) for name in silent], ACTOR_TIMEOUT_S / 2)
         for name in actors:
             self._forget(name)
         return num_there
@@ -233,14 +241,15 @@ def _on(node: dict[str, Any]) -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
 
 
-def _quietly(references: list[Any], *, default: bool) -> list[bool]:
-    """What actors answer; `default` for one that is gone."""
-    answers = []
-    for reference in references:
+def _answers(references: list[Any], timeout_s: float, *, if_gone: bool = False) -> dict[Any, bool]:
+    """What actors have answered after `timeout_s`, all of them together; `if_gone` for one that has ended."""
+    answers: dict[Any, bool] = {}
+    done = ray.wait(references, num_returns=len(references), timeout=timeout_s)[0] if references else []
+    for reference in done:
         try:
-            answers.append(bool(ray.get(reference, timeout=ACTOR_TIMEOUT_S)))
+            answers[reference] = bool(ray.get(reference, timeout=0))
         except RayError:
-            answers.append(default)
+            answers[reference] = if_gone
     return answers
 
 

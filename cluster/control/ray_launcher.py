@@ -2,7 +2,7 @@
 
 A driver ends its own process when Ray's head stays away. So it lives in a child that this one asks by JSON lines over
 its standard input and output: without Ray every call raises `UnavailableError`, and the child is started again until
-Ray is back. No tensor and no token ever goes through Ray.
+Ray is back. No tensor and no token of a text ever goes through Ray; a worker's `Launch` does, with the cluster's token.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from cluster.config import Settings
-from cluster.control.launch import COMMAND, PACKAGES, logs_folder, python_path
+from cluster.control.launch import COMMAND, logs_folder
 from cluster.control.launcher import record_of
 from cluster.control.placement import PlacedWorker
 from cluster.control.topology import MEMORY_SHARE, Device, Node, Topology
+from cluster.environment import PACKAGES, child_environment, ray_variables
 from cluster.errors import ForetokenError, UnavailableError, by_code
-from cluster.protocol import Announcement, Launch, Message, WorkerRecord
+from cluster.protocol import Announcement, Launch, Message
+from cluster.store.records import WorkerRecord
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +116,7 @@ class RayLauncher:
             start_timeout_s=settings.start_timeout_s,
             command=tuple(command),
         )
-        self._environment = bridge_environment(environment)
+        self._environment = child_environment(environment, ray_variables(environment))
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._connected = asyncio.Event()
@@ -265,13 +267,6 @@ class RayLauncher:
         for future in self._open.values():
             if not future.done():
                 future.set_exception(UnavailableError("the bridge to Ray ended before it answered"))
-
-
-def bridge_environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """What the bridge runs with: our code, and none of our secrets that it does not need."""
-    environment = {name: value for name, value in inherited.items() if name != "FORETOKEN_TOKEN"}
-    environment["PYTHONPATH"] = python_path(inherited)
-    return environment
 
 
 def to_node(node: RayNode) -> Node:

@@ -37,7 +37,8 @@ from cluster.control.plan import (
 )
 from cluster.control.topology import LOAD_SHARE, MEMORY_SHARE
 from cluster.errors import PlacementError
-from cluster.protocol import Assign, Peer, Route, WorkerRecord, WorkerReport
+from cluster.protocol import Assign, Peer, Route, WorkerReport
+from cluster.store.records import WorkerRecord
 
 RETRY_S = 2.0  # before an assignment or a route that failed is sent again
 SPARE_EXPERTS = 1  # that a full device may hold beside what fits, so that full workers can exchange, if they take it

@@ -6,86 +6,46 @@ So a store that was away, or came back empty, is soon as it should be.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import msgspec
 
 from cluster.control.placement import PlacedWorker, Placement
-from cluster.control.topology import Device, Node, Topology
-from cluster.errors import StoreUnavailableError
-from cluster.protocol import ClusterStatus, WorkerRecord
+from cluster.control.topology import Node, Topology
+from cluster.errors import InvalidValueError, StoreUnavailableError
 from cluster.store.base import Store, Versioned
+from cluster.store.records import PLACEMENT_KEY, STATUS_KEY, WORKERS, ClusterStatus, Reader, WorkerRecord
 
 logger = logging.getLogger(__name__)
 
-WORKERS = "workers/"
-PLACEMENT_KEY = "placement/current"
-STATUS_KEY = "status/cluster"
-
-
-class StoredNode(msgspec.Struct, frozen=True):
-    """A node as it was before workers ran on it."""
-
-    id: str
-    failure_domain: str
-    host_memory_bytes: int
-    devices: tuple[Device, ...]
-    num_cores: int
-    machine: str
-
-
-class StoredWorker(msgspec.Struct, frozen=True):
-    """A `PlacedWorker` without its experts: which those are, workers report."""
-
-    role: str
-    index: int
-    node_id: str
-    device_id: str
-    memory_bytes: int
-    kv_bytes: int
-
 
 class StoredPlacement(msgspec.Struct, frozen=True):
-    """`placement/current`."""
+    """`PLACEMENT_KEY`: nodes as they were before workers ran on them, and workers without their experts.
 
-    nodes: tuple[StoredNode, ...]
-    workers: tuple[StoredWorker, ...]
+    Which experts those are, workers report.
+    """
+
+    nodes: tuple[Node, ...]
+    workers: tuple[PlacedWorker, ...]
 
 
 _encode = msgspec.json.Encoder(order="deterministic").encode
-_decode_record = msgspec.json.Decoder(WorkerRecord).decode
 _decode_placement = msgspec.json.Decoder(StoredPlacement).decode
 
 
 def encode_placement(placement: Placement, nodes: Iterable[Node]) -> bytes:
-    stored_nodes = tuple(
-        StoredNode(n.id, n.failure_domain, n.host_memory_bytes, n.devices, n.num_cores, n.machine) for n in nodes
-    )
-    workers = tuple(
-        StoredWorker(w.role, w.index, w.node_id, w.device_id, w.memory_bytes, w.kv_bytes) for w in placement.workers
-    )
-    return _encode(StoredPlacement(stored_nodes, workers))
+    workers = tuple(replace(worker, experts=frozenset()) for worker in placement.workers)
+    return _encode(StoredPlacement(tuple(nodes), workers))
 
 
 def decode_placement(value: bytes) -> tuple[Placement, Topology]:
-    """Raises `msgspec.MsgspecError` for what another release wrote."""
+    """Raises one of `UNREADABLE` for what another release wrote."""
     stored = _decode_placement(value)
-    workers = tuple(
-        PlacedWorker(
-            "attention" if w.role == "attention" else "expert",
-            w.index,
-            w.node_id,
-            w.device_id,
-            w.memory_bytes,
-            w.kv_bytes,
-        )
-        for w in stored.workers
-    )
-    nodes = tuple(
-        Node(n.id, n.failure_domain, n.host_memory_bytes, n.devices, n.num_cores, n.machine) for n in stored.nodes
-    )
-    return Placement(workers), Topology(nodes)
+    try:
+        return Placement(stored.workers), Topology(stored.nodes)
+    except InvalidValueError as error:
+        raise ValueError(error.message) from None
 
 
 class Registry:
@@ -93,6 +53,7 @@ class Registry:
 
     def __init__(self, store: Store, *, owns_workers: bool) -> None:
         self._store = store
+        self._reader = Reader()
         self._owns_workers = owns_workers
         self._wanted: dict[str, bytes] = {}
 
@@ -103,18 +64,9 @@ class Registry:
 
     async def records(self) -> dict[str, WorkerRecord]:
         """By name; what is no record of this release is passed over. Raises `StoreUnavailableError`."""
-        found = {}
-        for key, entry in (await self._store.entries(WORKERS)).items():
-            try:
-                record = _decode_record(entry.value)
-            except msgspec.MsgspecError as error:
-                logger.warning("the store's %s is no worker's record: %s", key, error)
-                continue
-            if key == WORKERS + record.name and re.fullmatch(rf"{record.role}-\d{{1,9}}", record.name):
-                found[record.name] = record
-            else:
-                logger.warning("the store's %s is the record of another name: %s", key, record.name)
-        return found
+        entries = await self._store.entries(WORKERS)
+        found = [self._reader.read_worker(key, entry.value) for key, entry in entries.items()]
+        return {record.name: record for record in found if record is not None}
 
     def want_workers(self, records: Mapping[str, WorkerRecord]) -> None:
         kept = {key: value for key, value in self._wanted.items() if not key.startswith(WORKERS)}

@@ -11,7 +11,8 @@ import msgspec
 
 from cluster.control.control_client import ControlClient
 from cluster.control.plan import Seen
-from cluster.protocol import Assign, EngineState, Lead, Route, WorkerRecord, WorkerReport
+from cluster.protocol import Assign, EngineState, Lead, Route, WorkerReport
+from cluster.store.records import WorkerRecord
 
 
 @dataclass
@@ -23,9 +24,15 @@ class Member:
     is_adopted: bool
     since_s: float
     report: WorkerReport | None = None
+    num_reports: int = 0
     silent_s: float = 0.0
     is_running: bool = True
     is_suspect: bool = False  # its stream broke: whether its process is still there must be asked
+
+    @property
+    def is_led(self) -> bool:
+        """It goes on reporting: the first report of one that obeys another controller is its last word."""
+        return self.num_reports > 1
 
     @property
     def seen(self) -> Seen:
@@ -106,6 +113,12 @@ class Roster:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
+    def drop(self, worker_id: str) -> None:
+        """Leave the worker of that id."""
+        for member in self:
+            if member.record.worker_id == worker_id:
+                self.remove(member)
+
     def send(self, name: str, worker_id: str, order: Assign | Route) -> None:
         member = self._members.get(name)
         if member is not None and member.record.worker_id == worker_id:
@@ -126,6 +139,7 @@ class Roster:
         if report.worker_id != member.record.worker_id:
             return  # another process got its address
         before, member.report, member.silent_s = member.report, report, 0.0
+        member.num_reports += 1
         if report.epoch > self._lead().epoch:
             self._on_refused(report)
         if before is None or _without_state(before) != _without_state(report):

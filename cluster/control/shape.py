@@ -9,7 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.control.launch import LAST_WORD, TAIL_LINES, python_path
+from cluster.control.launch import LAST_WORD, TAIL_LINES
+from cluster.environment import child_environment
 from cluster.errors import CheckpointError
 from cluster.protocol import ModelShape
 
@@ -24,7 +25,7 @@ def describe(model_path: Path, device: str) -> ModelShape:
             (*COMMAND, str(model_path), "--device", device),
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            env=os.environ | {"PYTHONPATH": python_path(os.environ)},
+            env=child_environment(os.environ),
             timeout=TIMEOUT_S,
             check=False,
         )

@@ -7,13 +7,27 @@ import time
 import msgspec
 
 from cluster.control.plan import Observed, Plan, Seen, Terms, is_live
-from cluster.protocol import ClusterStatus, EngineState, Lead, NodeStatus, WorkerStatus
+from cluster.errors import PlacementError
+from cluster.protocol import EngineState, Lead
+from cluster.store.records import ClusterStatus, NodeStatus, StartFailure, WorkerStatus
 
 
 def cluster_status(
-    cluster: str, model: str, lead: Lead, terms: Terms, seen: Observed, plan: Plan, problem: str | None
+    cluster: str,
+    model: str,
+    lead: Lead,
+    terms: Terms,
+    seen: Observed,
+    plan: Plan,
+    problem: str | None,
+    failures: tuple[StartFailure, ...] = (),
 ) -> ClusterStatus:
-    """Workers that should run and do not are "starting", or "lost" where they wait before the next try."""
+    """Workers that should run and do not are "starting", or "lost" where they wait before the next try.
+
+    `failures`: of those that were started again and again.
+    """
+    if plan.place_problem is not None:
+        failures = (StartFailure(code=PlacementError.code, message=plan.place_problem), *failures)
     workers = [_worker_status(terms, worker) for worker in seen.workers.values()]
     placed = plan.placement.workers if plan.placement is not None else ()
     workers += [
@@ -51,6 +65,7 @@ def cluster_status(
         ),
         workers=tuple(sorted(workers, key=lambda worker: (worker.role, len(worker.name), worker.name))),
         problem=problem,
+        failures=failures,
     )
 
 

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.control.launch import STABLE_S, TAIL_LINES, backoff_s
+from cluster.environment import MARK
 from cluster.errors import WorkerLostError
 
 logger = logging.getLogger(__name__)
 
-MARK = "FORETOKEN_RUN_ID"
 POLL_S = 0.05
 GRACE_S = 5.0
 OUTPUT_BYTES = 2**16
@@ -113,9 +113,18 @@ class Child:
             except WorkerLostError as error:
                 logger.error("%s", error.message)
 
+    @property
+    def is_given_up(self) -> bool:
+        return self._stopping.is_set()
+
     def give_up(self) -> None:
         """From now on it is not started again."""
         self._stopping.set()
+
+    def kill(self) -> None:
+        """SIGKILL to its process; `keep_up` does the rest."""
+        if self._process is not None:
+            self._process.kill()
 
     async def stop(self) -> None:
         """SIGTERM, then SIGKILL after its grace; whatever is left of its session is ended as well."""

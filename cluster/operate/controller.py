@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+from pathlib import Path
+
+from pydantic import SecretStr
 
 from cluster import logs
 from cluster.config import Settings
 from cluster.control.controller import Controller
+from cluster.control.last_known import LastKnown, open_last_known
 from cluster.control.launcher import Launcher
 from cluster.control.leadership import LostLeadError
 from cluster.control.model import find_model
@@ -18,18 +23,29 @@ from cluster.control.shape import describe
 from cluster.errors import ConfigError, UnavailableError
 from cluster.event_loop import loop_factory
 from cluster.machine import this_machine
+from cluster.operate.pulse import Pulse
 from cluster.serve import EXIT_AT_ONCE, on_signals
+from cluster.silence import HUNG_LEASES
 from cluster.store import open_store
 
 logger = logging.getLogger(__name__)
 
 EXIT_LOST_LEAD = 3
+PULSE_NAME = "controller.pulse"
+ORPHAN_SHARE = 0.25  # of the time after which workers end: the rest is for the next controller to come
 
 
-def run(settings: Settings, pods: bool = False) -> int:
+def hung_after_s(settings: Settings) -> float:
+    """How long a controller may not go on until it counts as hung: as long as a worker, and longer while none minds."""
+    return max(HUNG_LEASES * settings.lease_s, ORPHAN_SHARE * settings.orphan_timeout_s)
+
+
+def run(settings: Settings, pods: bool = False, folder: Path | None = None) -> int:
     """Lead until SIGTERM or SIGINT, which ends the workers as well unless they are pods; returns the exit code.
 
-    Raises `ForetokenError` for what stands in the way.
+    In `folder` it keeps a pulse, by which others see that it hangs. Unless workers are pods, which do not end for want
+    of a controller, it also leaves there what the next one needs to hold them while the store is away. Raises
+    `ForetokenError` for what stands in the way.
     """
     logs.configure(settings.log_level, settings.log_format)
     if settings.store is None:
@@ -38,20 +54,32 @@ def run(settings: Settings, pods: bool = False) -> int:
             "file, to its url (redis://…)",
             param="store",
         )
-    with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(_lead(settings, settings.store, pods))
+    pulse = Pulse(folder / PULSE_NAME if folder is not None else None)
+    with contextlib.ExitStack() as stack:
+        last_known = stack.enter_context(open_last_known(folder)) if folder is not None and not pods else None
+        runner = stack.enter_context(asyncio.Runner(loop_factory=loop_factory()))
+        return runner.run(_lead(settings, settings.store, pods, pulse, last_known))
 
 
-async def _lead(settings: Settings, store_url: str, pods: bool) -> int:
+async def _lead(
+    settings: Settings, store_url: SecretStr, pods: bool, pulse: Pulse, last_known: LastKnown | None
+) -> int:
     stop = asyncio.Event()
     on_signals(stop, lambda: os._exit(EXIT_AT_ONCE))
-    store = open_store(store_url, namespace=settings.cluster_name)
+    store = open_store(store_url.get_secret_value(), namespace=settings.cluster_name)
     launcher: Launcher = PodLauncher(store) if pods else RayLauncher(settings)
     try:
-        model = await asyncio.to_thread(find_model, settings)
-        shape = await asyncio.to_thread(describe, model.path, await _device(settings, launcher))
+        model = await pulse.during(asyncio.to_thread(find_model, settings))
+        device = await pulse.during(_device(settings, launcher))
         controller = Controller(
-            settings, store=store, launcher=launcher, model=model, shape=shape, machine=this_machine()
+            settings,
+            store=store,
+            launcher=launcher,
+            model=model,
+            shape=await pulse.during(asyncio.to_thread(describe, model.path, device)),
+            machine=this_machine(),
+            last_known=last_known,
+            beat=pulse.beat,
         )
         await controller.run(stop)
     except LostLeadError as error:

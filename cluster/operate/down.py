@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cluster.config import Settings
 from cluster.operate.leftovers import clean_up
-from cluster.operate.state_file import Places, nothing_runs
+from cluster.operate.state_file import ClusterFiles, nothing_runs
 
 NOTHING = 1  # exit code: there is no such cluster
 MARGIN_S = 60.0  # beside the drain, until a supervisor must have ended
@@ -19,14 +19,14 @@ POLL_S = 0.1
 
 def run(settings: Settings) -> int:
     """Stop the cluster and wait until it has ended; returns the exit code."""
-    places = Places(settings)
-    state = places.read()
-    if not places.is_held():
+    files = ClusterFiles(settings)
+    state = files.read()
+    if not files.is_held():
         if state is None:
             print(nothing_runs(settings))
             return NOTHING
-        with places.held():
-            num_ended = clean_up(places)
+        with files.held():
+            num_ended = clean_up(files)
         print(f"{settings.cluster_name} had no supervisor any more; ended {num_ended} processes that it had left")
         return 0
     if state is None:
@@ -41,7 +41,7 @@ def run(settings: Settings) -> int:
         pass
     deadline = time.monotonic() + settings.drain_timeout_s + MARGIN_S
     with Console(stderr=True).status(f"stopping {settings.cluster_name}; running requests may finish"):
-        while places.is_held():
+        while files.is_held():
             if time.monotonic() > deadline:
                 print(f"{settings.cluster_name} has not ended yet; end it at once with: kill {state.pid}")
                 return NOTHING

@@ -7,11 +7,13 @@ hears of each signal, and of the foreground's end, through a pipe, and ends in o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from cluster.errors import ForetokenError
 
@@ -61,8 +63,8 @@ def _order(give_order: int) -> None:
         return
 
 
-def _work(work: Callable[[int], int], orders: int, give_result: int) -> None:
-    """In the process behind: never returns."""
+def _work(work: Callable[[int], int], orders: int, give_result: int) -> NoReturn:
+    """In the process behind."""
     code = 1
     try:
         code = work(orders)
@@ -73,10 +75,16 @@ def _work(work: Callable[[int], int], orders: int, give_result: int) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        except OSError:
-            pass
-        os.write(give_result, bytes([code]))
-        os._exit(code)
+        _leave(code, give_result)
+
+
+def _leave(code: int, give_result: int) -> NoReturn:
+    """End with that exit code, whoever is still there to hear of it."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        with contextlib.suppress(OSError):
+            os.write(give_result, bytes([code & 0xFF]))
+    finally:
+        os._exit(code & 0xFF)

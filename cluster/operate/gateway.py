@@ -43,7 +43,7 @@ def run(settings: Settings) -> int:
             param="store",
         )
     with listen(settings.host, settings.port) as listener:
-        store = open_store(settings.store, namespace=settings.cluster_name)
+        store = open_store(settings.store.get_secret_value(), namespace=settings.cluster_name)
         model = find_model(settings)
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(serve(settings, model, store, listener, started))

@@ -13,14 +13,14 @@ from cluster.control import detached
 from cluster.control.ray_launcher import RayLauncher
 from cluster.errors import ForetokenError
 from cluster.operate.children import sweep
-from cluster.operate.state_file import Places
+from cluster.operate.state_file import ClusterFiles
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.05
 
 
-async def end_workers(settings: Settings, places: Places, timeout_s: float) -> None:
+async def end_workers(settings: Settings, files: ClusterFiles, timeout_s: float) -> None:
     """End every worker of the cluster, those that start just now included: SIGTERM, after `timeout_s` SIGKILL."""
     if settings.local is None:
         launcher = RayLauncher(settings)
@@ -33,35 +33,35 @@ async def end_workers(settings: Settings, places: Places, timeout_s: float) -> N
         finally:
             await launcher.close()
     deadline = time.monotonic() + timeout_s
-    _signal(places, kill=False)
-    while _workers(places) and time.monotonic() < deadline:
+    _signal(files, kill=False)
+    while _workers(files) and time.monotonic() < deadline:
         await asyncio.sleep(POLL_S)
-    kill_workers(places)
+    kill_workers(files)
 
 
-def kill_workers(places: Places) -> None:
+def kill_workers(files: ClusterFiles) -> None:
     """SIGKILL to the workers that run on this machine."""
-    _signal(places, kill=True)
+    _signal(files, kill=True)
 
 
-def clean_up(places: Places) -> int:
+def clean_up(files: ClusterFiles) -> int:
     """End what a dead supervisor left on this machine; how many processes that were. Its lock must be held."""
-    state = places.read()
-    num_ended = len(_workers(places))
-    kill_workers(places)
+    state = files.read()
+    num_ended = len(_workers(files))
+    kill_workers(files)
     if state is not None:
         num_ended += sweep(state.run_id, state.folder)
         shutil.rmtree(state.folder, ignore_errors=True)
-        places.remove()
+        files.remove()
     if num_ended:
-        logger.warning("ended %d processes that an earlier cluster %s had left behind", num_ended, places.name)
+        logger.warning("ended %d processes that an earlier cluster %s had left behind", num_ended, files.name)
     return num_ended
 
 
-def _workers(places: Places) -> list[tuple[str, int]]:
+def _workers(files: ClusterFiles) -> list[tuple[str, int]]:
     """Names and process ids of the workers that run on this machine: each has a file beside its log."""
     found = []
-    for path in places.logs.glob("*.pid"):
+    for path in files.logs.glob("*.pid"):
         if (pid := _pid_in(path)) is not None and detached.is_running(pid, path.stem):
             found.append((path.stem, pid))
     return found
@@ -74,6 +74,6 @@ def _pid_in(path: Path) -> int | None:
         return None
 
 
-def _signal(places: Places, *, kill: bool) -> None:
-    for name, pid in _workers(places):
+def _signal(files: ClusterFiles, *, kill: bool) -> None:
+    for name, pid in _workers(files):
         detached.end(pid, name, kill=kill)

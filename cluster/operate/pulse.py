@@ -1,21 +1,74 @@
-"""Whether a worker hangs: its event loop answers `State` whatever its engine does, and a load beside it."""
+"""Whether a process hangs, from outside: a worker answers `State`, a loop that decides beats on a file.
+
+A worker's event loop answers whatever its engine does, and a load beside it. A file's beat is given by the loop itself,
+where it goes round: an event loop that runs on beside it does not count.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
 
 import grpc
 import grpc.aio
 
 from cluster.channel import CHANNEL_OPTIONS, call_metadata
 from cluster.control.launch import WorkerProcess
+from cluster.operate.children import Child
 from cluster.protocol import STATE_METHOD
+from cluster.silence import ListeningTime
 
 logger = logging.getLogger(__name__)
 
-LOOKS = 20  # at the worker within `patience_s`
+LOOKS = 20  # at the process within `patience_s`
+BEAT_S = 0.5  # between two beats
+BEGIN_S = 60.0  # until a process's first beat
+
+T = TypeVar("T")
+
+
+class Pulse:
+    """A file that has this process's id, and was written when it beat last."""
+
+    def __init__(self, path: Path | None) -> None:
+        """`path` None: nobody looks."""
+        self._path = path
+        self._beaten_at: float | None = None
+        self._has_begun = False
+        self._has_told = False
+
+    def beat(self) -> None:
+        now = time.monotonic()
+        if self._path is None or (self._beaten_at is not None and now - self._beaten_at < BEAT_S):
+            return
+        self._beaten_at = now
+        try:
+            if self._has_begun:
+                os.utime(self._path)
+            else:
+                self._path.write_text(str(os.getpid()), encoding="ascii")
+                self._has_begun = True
+        except OSError as error:
+            self._has_begun = False  # somebody may have taken it away
+            if not self._has_told:
+                logger.warning("%s cannot be written, and so a hang not be noticed: %s", self._path, error)
+            self._has_told = True
+
+    async def during(self, work: Awaitable[T]) -> T:
+        """The result of `work`, which has deadlines of its own: there is a beat while it is waited for."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                self.beat()
+                await asyncio.wait({task}, timeout=BEAT_S)
+        finally:
+            task.cancel()
+        return await task
 
 
 async def end_hung(worker: WorkerProcess, token: str | None, patience_s: float) -> None:
@@ -42,21 +95,56 @@ async def end_hung(worker: WorkerProcess, token: str | None, patience_s: float) 
     await watch_pulse(lambda: worker.pid if worker.is_ready else None, ask, kill, patience_s)
 
 
+async def end_without_beat(child: Child, path: Path, patience_s: float) -> None:
+    """Kill the process of `child` whenever its `Pulse` at `path` was silent for `patience_s`; `keep_up` starts it anew.
+
+    It may take `BEGIN_S` until its first beat. Runs until cancelled; a child that is to end is left alone.
+    """
+    clock = time.monotonic
+    started = (0, 0.0)  # a process, and when it was first seen
+    seen: tuple[str, int] | None = None
+
+    def pid() -> int | None:
+        nonlocal started
+        found = None if child.is_given_up else child.pid
+        if found is not None and found != started[0]:
+            started = (found, clock())
+        return found
+
+    async def ask() -> bool:
+        nonlocal seen
+        try:
+            now = (path.read_text(encoding="ascii"), path.stat().st_mtime_ns)
+        except (OSError, ValueError):
+            now = ("", 0)
+        if now[0] != str(started[0]):
+            return clock() - started[1] < BEGIN_S
+        before, seen = seen, now
+        return now != before
+
+    def kill() -> None:
+        logger.error(
+            "%s, process %s, has not gone on for %g s: it hangs, and is killed", child.name, child.pid, patience_s
+        )
+        child.kill()
+
+    await watch_pulse(pid, ask, kill, patience_s)
+
+
 async def watch_pulse(
     pid: Callable[[], int | None], ask: Callable[[], Awaitable[bool]], kill: Callable[[], None], patience_s: float
 ) -> None:
     """`ask` the process that `pid` names, again and again, and `kill` it once it was silent for `patience_s`.
 
-    A question may take all that time: an answer that comes late is one. Time in which this process did not run does not
-    count, since the other may not have run either.
+    A question may take all that time: an answer that comes late is one.
     """
-    clock, pause_s = asyncio.get_running_loop().time, patience_s / LOOKS
+    pause_s = patience_s / LOOKS
+    listening = ListeningTime(pause_s, asyncio.get_running_loop().time)
     asked: int | None = None
     silent_s = 0.0
     answer: asyncio.Future[bool] | None = None
     try:
         while True:
-            before = clock()
             if (now := pid()) != asked and answer is not None:
                 answer.cancel()
                 answer = None
@@ -65,7 +153,7 @@ async def watch_pulse(
             if asked is not None and answer is None:
                 answer = asyncio.ensure_future(ask())
             await asyncio.sleep(pause_s)
-            silent_s += min(clock() - before, 2 * pause_s)
+            silent_s += listening.passed_s()
             if answer is not None and answer.done():
                 if answer.result():
                     silent_s = 0.0

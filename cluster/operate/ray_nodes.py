@@ -7,41 +7,43 @@ that one that is started again is the same cluster: nodes join it, and named act
 from __future__ import annotations
 
 import platform
-import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.control.launch import python_path
-from cluster.machine import Machine
+from cluster.environment import child_environment, ray_variables
+from cluster.machine import Machine, free_port
 from cluster.operate.children import Child
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts", "start")
 STARTED = "Ray runtime started"  # `ray start` prints it once the node runs
 OBJECT_STORE_BYTES = 80_000_000  # about the least that Ray takes: no tensor goes through it
-PRIVATE_PREFIXES = ("FORETOKEN_", "RAY_")  # none of ours in an actor's environment, none of another Ray's
 
 
 def node_environment(
     inherited: Mapping[str, str], *, token: str, folder: Path, mark: Mapping[str, str]
 ) -> dict[str, str]:
-    """What a node, its actors and a driver on it run with."""
-    kept = {name: value for name, value in inherited.items() if not name.startswith(PRIVATE_PREFIXES)}
-    tuned = {  # Ray's own variables, such as the time until a node gives up its head
-        name: value for name, value in inherited.items() if name.startswith("RAY_") and name[4:5].islower()
-    }
-    return {
-        **kept,
-        **tuned,
+    """What a node and its actors run with: of secrets, Ray's own token."""
+    given = {
+        **tuned_variables(inherited),
         **mark,
-        "PYTHONPATH": python_path(inherited),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": token,
+        **access(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # workers inherit it from their actors: behind everything else they would starve
         "RAY_gcs_storage": "rocksdb",
         "RAY_gcs_storage_path": str(folder / "gcs"),
     }
+    return child_environment(inherited, given)
+
+
+def tuned_variables(inherited: Mapping[str, str]) -> dict[str, str]:
+    """How Ray is tuned, such as the time until a node gives up its head; nothing of another Ray's."""
+    return {name: value for name, value in ray_variables(inherited).items() if name[4:5].islower()}
+
+
+def access(token: str) -> dict[str, str]:
+    """What opens a Ray of ours."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
 
 
 def node_names(num_nodes: int) -> list[str]:
@@ -82,14 +84,6 @@ def node_children(
             options.append(f"--address=127.0.0.1:{port}")
         children.append(Child(f"ray-{i}", (*RAY, *options), environment, logs / f"ray-{i}.log", grace_s=0.0))
     return children
-
-
-def free_port() -> int:
-    """A TCP port that nothing uses now."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def is_started(node: Child) -> bool:

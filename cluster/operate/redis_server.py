@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
+from pydantic import SecretStr
+
 from cluster.control.launch import MAX_SOCKET_PARENT
 from cluster.errors import ConfigError
 from cluster.operate.children import Child
@@ -30,7 +32,9 @@ maxmemory-policy noeviction
 """
 
 
-def redis_child(folder: Path, password: str, log_path: Path, environment: Mapping[str, str]) -> tuple[Child, str]:
+def redis_child(
+    folder: Path, password: SecretStr, log_path: Path, environment: Mapping[str, str]
+) -> tuple[Child, SecretStr]:
     """The server, not started yet, and the url of the store in it. It gets its password through its input.
 
     What was written outlives the server's process, and not `folder`. Raises `ConfigError` where there is none here.
@@ -39,16 +43,18 @@ def redis_child(folder: Path, password: str, log_path: Path, environment: Mappin
     if program is None:
         raise ConfigError(
             f"{PROGRAM} is not installed: install it (Debian, Ubuntu: sudo apt-get install redis-server; Fedora: sudo "
-            "dnf install redis), or name a Redis that runs with --store redis://[user:password@]host:port/database",
+            "dnf install redis), or name a Redis that runs in FORETOKEN_STORE or the config file: store: "
+            "redis://[user:password@]host:port/database",
             param="store",
         )
     assert len(str(folder)) <= MAX_SOCKET_PARENT
     path = folder / SOCKET
     data = folder / "redis"
     data.mkdir(exist_ok=True)
-    config = OPTIONS.format(socket=path, password=password, folder=data)
+    secret = password.get_secret_value()
+    config = OPTIONS.format(socket=path, password=secret, folder=data)
     child = Child("redis", (program, "-"), environment, log_path, stdin=config.encode())
-    return child, f"unix://:{quote(password, safe='')}@{path}?db=0"
+    return child, SecretStr(f"unix://:{quote(secret, safe='')}@{path}?db=0")
 
 
 def is_answering(folder: Path) -> bool:

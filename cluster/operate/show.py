@@ -7,27 +7,16 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import msgspec
 from rich.console import Console
 
 from cluster.config import Settings
 from cluster.control.placement import GIB
-from cluster.operate.state_file import Places, SupervisorState
-from cluster.protocol import ClusterStatus, WorkerStatus
+from cluster.operate.state_file import ClusterFiles, SupervisorState
 from cluster.serve import curl_line
-from cluster.store.base import Store
+from cluster.store.records import STALE_S, ClusterStatus, WorkerStatus
 from cluster.tables import print_rows
 
 logger = logging.getLogger(__name__)
-
-STATUS = "status/cluster"
-CONDITION_STYLES = {"serving": "green", "starting": "yellow", "lost": "bold red"}
-
-
-async def read_status(store: Store) -> ClusterStatus | None:
-    """What the controller last saw; None where none has been there. Raises `StoreUnavailableError`."""
-    entry = await store.get(STATUS)
-    return None if entry is None else msgspec.json.decode(entry.value, type=ClusterStatus)
 
 
 def work_per_s(before: ClusterStatus, after: ClusterStatus) -> dict[str, float]:
@@ -84,9 +73,9 @@ def _worker_row(worker: WorkerStatus, rates: Mapping[str, float]) -> tuple[str, 
 
 
 def print_status(
-    status: ClusterStatus, rates: Mapping[str, float], state: SupervisorState | None, *, age_s: float, fresh_s: float
+    status: ClusterStatus, rates: Mapping[str, float], state: SupervisorState | None, *, age_s: float
 ) -> None:
-    """The tables. `age_s`: how old the status is; above `fresh_s` that is said."""
+    """The tables. `age_s`: how old the status is; where it is no news any more that is said."""
     console = Console(soft_wrap=True, highlight=False)
     where = f" on {state.url}" if state else ""
     print(f"{status.cluster} serves {status.model}{where}")
@@ -100,7 +89,7 @@ def print_status(
         print_rows([("PROCESS", "PID"), *((name, str(pid)) for name, pid in children)], console=console)
     if status.problem:
         print(f"\nproblem: {status.problem}")
-    if age_s > fresh_s:
+    if age_s > STALE_S:
         print(f"\nthis is {age_s:.0f} s old: the controller does not write")
 
 
@@ -118,5 +107,5 @@ def announce(status: ClusterStatus, url: str, settings: Settings, logs: Path, st
     print_rows(node_rows(status), console=console)
     console.print(f"\n[dim]Page:[/] {url}/ shows what runs where, live\n[dim]Logs:[/] {logs}\n\nTry:")
     console.print(curl, markup=False)
-    look = f"foretoken cluster status{Places(settings).flag}"
+    look = f"foretoken cluster status{ClusterFiles(settings).flag}"
     console.print(f"\n[dim]Ctrl-C ends it; running requests may finish. `{look}` shows it.[/]\n")

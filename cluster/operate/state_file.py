@@ -18,6 +18,7 @@ from cluster.config import Settings
 from cluster.control.launch import logs_folder
 from cluster.errors import ConfigError
 from cluster.protocol import Message
+from cluster.store.records import UNREADABLE
 
 POLL_S = 0.1
 DEFAULT_NAME = Settings.model_fields["cluster_name"].default
@@ -31,12 +32,15 @@ class SupervisorState(Message, frozen=True):
     run_id: str  # in the environment of every process that it started
     folder: str  # sockets and what else lasts as long as the cluster
     url: str  # of the gateway
-    store: str
-    token: str
+    store: str  # with its password
     children: dict[str, int] = msgspec.field(default_factory=dict)  # name -> process id, those that run now
 
+    def __repr__(self) -> str:
+        """What may be shown: not how to get at the store."""
+        return f"SupervisorState(pid={self.pid}, run_id={self.run_id!r}, url={self.url!r}, children={self.children})"
 
-class Places:
+
+class ClusterFiles:
     """Where a cluster's files are on this machine."""
 
     def __init__(self, settings: Settings) -> None:
@@ -55,7 +59,7 @@ class Places:
         """The state that the last supervisor wrote, alive or not; None where it took it away at its end."""
         try:
             return msgspec.json.decode(self.state.read_bytes(), type=SupervisorState)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, *UNREADABLE):
             return None
 
     def write(self, state: SupervisorState) -> None:

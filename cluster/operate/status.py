@@ -9,30 +9,29 @@ from typing import Any
 import msgspec
 
 from cluster.config import Settings
-from cluster.errors import StoreUnavailableError
-from cluster.operate.show import print_status, read_status, work_per_s
-from cluster.operate.state_file import Places, SupervisorState, nothing_runs
-from cluster.protocol import ClusterStatus
+from cluster.errors import StoreUnavailableError, UnreadableValueError
+from cluster.operate.show import print_status, work_per_s
+from cluster.operate.state_file import ClusterFiles, SupervisorState, nothing_runs
 from cluster.store import open_store
 from cluster.store.base import Store
+from cluster.store.records import ClusterStatus, read_status
 
 NOTHING = 1  # exit code: there is no such cluster
 SAMPLE_S = 1.0  # between two looks, for rates
 SAMPLE_TIMEOUT_S = 3.0
 POLL_S = 0.1
-FRESH_S = 10.0  # a controller writes more often than this
 
 
 def run(settings: Settings, *, as_json: bool) -> int:
     """Print the status; returns the exit code."""
-    places = Places(settings)
-    state = places.read() if places.is_held() else None
-    url = settings.store or (state.store if state else "")
+    files = ClusterFiles(settings)
+    state = files.read() if files.is_held() else None
+    url = settings.store.get_secret_value() if settings.store is not None else state.store if state else ""
     if not url:
         return _nothing(settings)
     try:
         before, after = asyncio.run(_look_twice(settings, url))
-    except StoreUnavailableError as error:
+    except (StoreUnavailableError, UnreadableValueError) as error:
         print(f"{settings.cluster_name}: {error.message}")
         return NOTHING
     if before is None or after is None:
@@ -41,7 +40,7 @@ def run(settings: Settings, *, as_json: bool) -> int:
     if as_json:
         print(as_text(after, rates, state))
     else:
-        print_status(after, rates, state, age_s=time.time() - after.at_s, fresh_s=FRESH_S)
+        print_status(after, rates, state, age_s=time.time() - after.at_s)
     return 0
 
 

@@ -12,36 +12,47 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import SecretStr
 
 from cluster import logs
 from cluster.config import ENV_PREFIX, Settings
-from cluster.control.launch import MAX_EQUAL_START_FAILURES, MAX_SOCKET_PARENT, python_path
+from cluster.control.last_known import LastKnown
+from cluster.control.launch import MAX_SOCKET_PARENT
 from cluster.control.model import find_model
 from cluster.control.ray_launcher import RayLauncher
-from cluster.errors import ConfigError, DeadlineError, StoreUnavailableError, UnavailableError, WorkerLostError
+from cluster.environment import MARK, child_environment, ray_variables
+from cluster.errors import (
+    ConfigError,
+    DeadlineError,
+    StoreUnavailableError,
+    UnavailableError,
+    UnreadableValueError,
+    WorkerLostError,
+)
 from cluster.event_loop import loop_factory
-from cluster.machine import this_machine
-from cluster.operate.children import GRACE_S, MARK, Child, sweep
+from cluster.machine import free_port, this_machine
+from cluster.operate.children import GRACE_S, Child, sweep
+from cluster.operate.coming_up import ComingUp, Sight
+from cluster.operate.controller import PULSE_NAME, hung_after_s
 from cluster.operate.foreground import LOST, run_behind
 from cluster.operate.leftovers import clean_up, end_workers, kill_workers
-from cluster.operate.ray_nodes import free_port, is_started, node_children, node_environment
+from cluster.operate.pulse import end_without_beat
+from cluster.operate.ray_nodes import access, is_started, node_children, node_environment, tuned_variables
 from cluster.operate.redis_server import is_answering, redis_child
-from cluster.operate.show import announce, read_status
-from cluster.operate.state_file import Places, SupervisorState
-from cluster.protocol import ClusterStatus
+from cluster.operate.show import announce
+from cluster.operate.state_file import ClusterFiles, SupervisorState
 from cluster.serve import EXIT_AT_ONCE, HTTP_STOP_TIMEOUT_S, SIGNALS, WORKER_STOP_TIMEOUT_S, base_url, listen
 from cluster.store import open_store
 from cluster.store.base import Store
+from cluster.store.records import ClusterStatus, read_lead, read_status
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
-TOKEN_BYTES = 32
+SECRET_BYTES = 32
 FOLDER_PREFIX = "ft-"  # short: sockets lie below it
 
 
@@ -56,21 +67,21 @@ def run(settings: Settings) -> int:
     with listen(settings.host, settings.port) as listener:  # a port in use fails before anything is started
         url, port = base_url(listener), listener.getsockname()[1]
     model = find_model(settings)  # fetched here, with progress; the others find it
-    token = settings.token or SecretStr(secrets.token_hex(TOKEN_BYTES))
+    token = settings.token or _new_secret()
     found = {"served_model_name": model.name, "port": port, "token": token}
     if settings.model is not None:
         found |= {"model": str(model.path), "revision": None}
     settings = settings.model_copy(update=found)
-    places = Places(settings)
+    files = ClusterFiles(settings)
 
     def work(orders: int) -> int:
-        with places.held(), asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(_Supervisor(settings, places, url).run(orders, started))
+        with files.held(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+            return runner.run(_Supervisor(settings, files, url).run(orders, started))
 
     code = run_behind(work)
     if code == LOST:
-        with places.held(GRACE_S):
-            clean_up(places)
+        with files.held(GRACE_S):
+            clean_up(files)
         raise WorkerLostError("the cluster's supervisor was killed; what it had started has been ended")
     return code
 
@@ -92,20 +103,18 @@ def settings_environment(settings: Settings) -> dict[str, str]:
 class _Supervisor:
     """The children of one `cluster up`, from their start to their end."""
 
-    def __init__(self, settings: Settings, places: Places, url: str) -> None:
+    def __init__(self, settings: Settings, files: ClusterFiles, url: str) -> None:
         self._settings = settings
-        self._places = places
+        self._files = files
         self._url = url
         self._run_id = secrets.token_hex(8)
         self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=_short_folder()))
         self._stop = asyncio.Event()
         self._is_at_once = False
         self._children: list[Child] = []
-        assert settings.token is not None
-        self._token = settings.token.get_secret_value()
-        self._environment = _without_ours(os.environ) | settings_environment(settings) | {MARK: self._run_id}
-        self._environment["PYTHONPATH"] = python_path(os.environ)
-        self._store_url = settings.store or ""
+        self._mark = {MARK: self._run_id}
+        self._ray = ray_variables(os.environ)  # of the Ray that is joined
+        self._store_url = settings.store or SecretStr("")
 
     async def run(self, orders: int, started: float) -> int:
         """Until an order comes; raises `ForetokenError` where the cluster cannot be started."""
@@ -113,7 +122,7 @@ class _Supervisor:
         loop.add_reader(orders, self._take_order, orders)
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
-        clean_up(self._places)
+        clean_up(self._files)
         store: Store | None = None
         try:
             begun = asyncio.create_task(self._begin())
@@ -125,14 +134,17 @@ class _Supervisor:
                 await asyncio.gather(begun, return_exceptions=True)
                 return 0
             store, status = await begun
-            announce(status, self._url, self._settings, self._places.logs, time.monotonic() - started)
+            announce(status, self._url, self._settings, self._files.logs, time.monotonic() - started)
             keepers = [asyncio.create_task(child.keep_up()) for child in self._children]
+            pulse = asyncio.create_task(self._watch_controller())
             await stopped
             logger.info(
                 "stopping: what runs may take %g s more; a second signal ends at once", self._settings.drain_timeout_s
             )
             await self._stop_all()
+            pulse.cancel()
             await asyncio.gather(*keepers)
+            await asyncio.gather(pulse, return_exceptions=True)
             return 0
         finally:
             if store is not None:
@@ -140,6 +152,11 @@ class _Supervisor:
             if not self._is_at_once:
                 await self._stop_all()
             self._end()
+
+    async def _watch_controller(self) -> None:
+        """Another one takes over from one that hangs before the workers miss it."""
+        (controller,) = (child for child in self._children if child.name == "controller")
+        await end_without_beat(controller, self._folder / PULSE_NAME, hung_after_s(self._settings))
 
     def _take_order(self, orders: int) -> None:
         """A signal that the foreground got, or its end."""
@@ -157,10 +174,10 @@ class _Supervisor:
 
     def _end(self) -> None:
         """Whatever is left of this cluster on this machine ends now."""
-        kill_workers(self._places)
+        kill_workers(self._files)
         sweep(self._run_id, str(self._folder))
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._places.remove()
+        self._files.remove()
 
     # ------------------------------------------------------------------------------------------------------ starting
 
@@ -172,14 +189,15 @@ class _Supervisor:
             await self._find_ray()
         else:
             nodes = self._local_nodes(self._settings.local)
+        before: ClusterStatus | None = None
         if self._settings.store is not None:
-            await check_store(self._settings.store, self._settings.cluster_name)
+            before = await check_store(self._settings.store, self._settings.cluster_name)
         else:
             logger.info("starting redis-server")
+            environment = child_environment(os.environ, self._mark)
             redis, self._store_url = redis_child(
-                self._folder, self._token, self._places.logs / "redis.log", self._plain_environment()
+                self._folder, _new_secret(), self._files.logs / "redis.log", environment
             )
-            self._environment[f"{ENV_PREFIX}STORE"] = self._store_url
             self._add(redis)
             await self._until(lambda: is_answering(self._folder), deadline, "redis")
         gateway, controller = (self._command(name) for name in ("gateway", "controller"))
@@ -190,9 +208,9 @@ class _Supervisor:
         await self._until(lambda: all(map(is_started, nodes)), deadline, "Ray's nodes")
         logger.info("starting the controller, which has the workers started")
         self._add(controller)
-        store = open_store(self._store_url, namespace=self._settings.cluster_name)
+        store = open_store(self._store_url.get_secret_value(), namespace=self._settings.cluster_name)
         try:
-            return store, await self._until_serving(store, deadline)
+            return store, await self._until_serving(store, ComingUp(self._settings, before), deadline)
         except BaseException:
             await store.close()
             raise
@@ -214,30 +232,30 @@ class _Supervisor:
 
     def _local_nodes(self, num_nodes: int) -> list[Child]:
         port = free_port()
-        mark = {MARK: self._run_id}
-        environment = node_environment(os.environ, token=self._token, folder=self._folder, mark=mark)
-        ours = {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._token}
-        self._environment |= ours
+        token = _new_secret().get_secret_value()
+        environment = node_environment(os.environ, token=token, folder=self._folder, mark=self._mark)
+        self._ray = {**tuned_variables(os.environ), **access(token), "RAY_ADDRESS": f"127.0.0.1:{port}"}
         return node_children(
             num_nodes,
             port=port,
             folder=self._folder,
-            logs=self._places.logs,
+            logs=self._files.logs,
             environment=environment,
             machine=this_machine(),
         )
 
     def _command(self, name: str) -> Child:
-        """One of our own processes."""
-        command = (sys.executable, "-P", "-m", "cluster.cli", "cluster", name)
-        environment = self._environment
-        if name == "gateway":  # it has nothing to do with Ray
-            environment = {key: value for key, value in environment.items() if not key.startswith("RAY_")}
+        """One of our own processes, which gets every setting."""
+        command = [sys.executable, "-P", "-m", "cluster.cli", "cluster", name]
+        if name == "controller":
+            command += ["--folder", str(self._folder)]
+        settings = self._settings.model_copy(update={"store": self._store_url})
+        given = settings_environment(settings) | self._mark
+        if name == "controller":  # the gateway has nothing to do with Ray
+            given |= self._ray
+        environment = child_environment(os.environ, given)
         drain_s = self._settings.drain_timeout_s + HTTP_STOP_TIMEOUT_S + GRACE_S
-        return Child(name, command, environment, self._places.logs / f"{name}.log", grace_s=drain_s)
-
-    def _plain_environment(self) -> dict[str, str]:
-        return _without_ours(os.environ) | {MARK: self._run_id}
+        return Child(name, command, environment, self._files.logs / f"{name}.log", grace_s=drain_s)
 
     def _add(self, *children: Child) -> None:
         for child in children:
@@ -246,14 +264,13 @@ class _Supervisor:
             child.start()
 
     def _write_state(self) -> None:
-        self._places.write(
+        self._files.write(
             SupervisorState(
                 pid=os.getpid(),
                 run_id=self._run_id,
                 folder=str(self._folder),
                 url=self._url,
-                store=self._store_url,
-                token=self._token,
+                store=self._store_url.get_secret_value(),
                 children={child.name: pid for child in self._children if (pid := child.pid) is not None},
             )
         )
@@ -265,35 +282,30 @@ class _Supervisor:
             if time.monotonic() > deadline:
                 raise DeadlineError(
                     f"{what} was not ready after {self._settings.start_timeout_s:g} s (start_timeout_s); "
-                    f"see the logs in {self._places.logs}"
+                    f"see the logs in {self._files.logs}"
                 )
             await asyncio.sleep(POLL_S)
 
-    async def _until_serving(self, store: Store, deadline: float) -> ClusterStatus:
+    async def _until_serving(self, store: Store, coming_up: ComingUp, deadline: float) -> ClusterStatus:
         """Until the controller says that every worker serves, and the gateway that it can be used.
 
-        Raises `UnavailableError` where a worker fails to start in one way again and again.
+        Raises what `ComingUp` does.
         """
-        problem = None
-        times: Counter[str] = Counter()
+        last_known = LastKnown(self._folder)
         while True:
             for child in self._children:
                 child.check()
-            with contextlib.suppress(StoreUnavailableError):
-                status = await read_status(store)
-                if status is not None and _is_serving(status) and await asyncio.to_thread(is_ready, self._url):
+            status: ClusterStatus | None = None
+            with contextlib.suppress(StoreUnavailableError, UnreadableValueError):  # the controller writes them anew
+                status, lead = await read_status(store), await read_lead(store)
+                known = last_known.read()
+                sight = Sight(status, lead, known.lead.controller_id if known is not None else None)
+                if status is not None and coming_up.is_serving(sight) and await asyncio.to_thread(is_ready, self._url):
                     return status
-                if status is not None and status.problem not in (None, problem):
-                    problem = status.problem
-                    times[problem] += 1
-                    if times[problem] == 1:
-                        logger.info("not serving yet: %s", problem)
-                    if times[problem] == MAX_EQUAL_START_FAILURES and _is_of_a_worker(problem, status):
-                        raise UnavailableError(f"the cluster does not come up: {problem} (logs in {self._places.logs})")
             if time.monotonic() > deadline:
                 raise DeadlineError(
                     f"the cluster was not ready after {self._settings.start_timeout_s:g} s (start_timeout_s): "
-                    f"{problem or 'nothing is known to be wrong'}; see the logs in {self._places.logs}"
+                    f"{coming_up.problem or 'nothing is known to be wrong'}; see the logs in {self._files.logs}"
                 )
             await asyncio.sleep(POLL_S)
 
@@ -306,15 +318,21 @@ class _Supervisor:
             if name in running:
                 await running[name].stop()
         if running:
-            await end_workers(self._settings, self._places, WORKER_STOP_TIMEOUT_S)  # those that it could not reach
+            await end_workers(self._settings, self._files, WORKER_STOP_TIMEOUT_S)  # those that it could not reach
         await asyncio.gather(*(child.stop() for child in self._children))
 
 
-async def check_store(url: str, cluster_name: str) -> None:
-    """Raises `ConfigError` where the store that was given cannot be used now: nothing would ever serve."""
-    store = open_store(url, namespace=cluster_name)
+async def check_store(url: SecretStr, cluster_name: str) -> ClusterStatus | None:
+    """The status that an earlier cluster of that name left there, if any that can be read.
+
+    Raises `ConfigError` where the store that was given cannot be used now: nothing would ever serve.
+    """
+    store = open_store(url.get_secret_value(), namespace=cluster_name)
     try:
-        await read_status(store)
+        return await read_status(store)
+    except UnreadableValueError as error:
+        logger.warning("%s", error.message)
+        return None
     except StoreUnavailableError as error:
         raise ConfigError(
             f"{error.message} Start it or mend its url (store); without one `cluster up` starts a Redis of its own",
@@ -322,19 +340,6 @@ async def check_store(url: str, cluster_name: str) -> None:
         ) from None
     finally:
         await store.close()
-
-
-def _is_serving(status: ClusterStatus) -> bool:
-    return (
-        status.problem is None
-        and bool(status.workers)
-        and all(worker.condition == "serving" for worker in status.workers)
-    )
-
-
-def _is_of_a_worker(problem: str, status: ClusterStatus) -> bool:
-    """Whether it says why a worker does not start: those begin with the worker's name."""
-    return problem.startswith(tuple(worker.name for worker in status.workers))
 
 
 def is_ready(url: str) -> bool:
@@ -355,5 +360,6 @@ def _short_folder() -> str:
     return parent if len(parent) <= MAX_SOCKET_PARENT // 4 else "/tmp"
 
 
-def _without_ours(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if not name.startswith(ENV_PREFIX)}
+def _new_secret() -> SecretStr:
+    """One that nothing else is, and nothing else follows from."""
+    return SecretStr(secrets.token_hex(SECRET_BYTES))

@@ -16,32 +16,34 @@ from pathlib import Path
 from typing import Literal, cast
 
 import msgspec
+from pydantic import SecretStr
 
 from cluster import logs
 from cluster.config import Settings
 from cluster.control.launch import WorkerProcess, launch_message, worker_environment
 from cluster.control.model import find_model
 from cluster.control.ray_actor import gpu_bytes
-from cluster.control.registry import WORKERS
 from cluster.control.topology import MEMORY_SHARE
 from cluster.errors import ConfigError, StoreUnavailableError
 from cluster.event_loop import loop_factory
-from cluster.machine import this_machine
+from cluster.machine import free_port, this_machine
 from cluster.operate.pulse import end_hung
-from cluster.protocol import Announcement, Launch, WorkerRecord
+from cluster.protocol import Announcement, Launch
 from cluster.serve import EXIT_AT_ONCE, on_signals
+from cluster.silence import HUNG_LEASES, LASTING_LEASES
 from cluster.store import open_store
 from cluster.store.base import Store
+from cluster.store.records import WORKERS, Reader, WorkerRecord
 
 logger = logging.getLogger(__name__)
 
-LEASES = 3  # a record lasts for so many of the worker's leases
-HUNG_LEASES = 5  # a worker that answers nothing for so many is killed
-LOOKS = 10  # at the worker and its record within that time
-STOP_EXTRA_S = 5.0  # for the worker to end, beside what runs
-TOKEN_VARIABLE = "FORETOKEN_TOKEN"  # the worker gets it in its launch message
-PLACE = re.compile(r"(?:^|-)((attention|expert)-(?:0|[1-9]\d{0,8}))$")
-WILDCARDS = ("0.0.0.0", "::")
+RENEWALS = 10  # of the record within the time that it lasts
+HEARTBEATS = 10  # reports of a worker to its controller within a lease
+# From SIGTERM until a worker must have ended, beside the time that its requests may take; a pod's grace period has
+# room for both, or Kubernetes kills what drains.
+STOP_EXTRA_S = 5.0
+POD_NAME = re.compile(r"(?:^|-)((attention|expert)-(?:0|[1-9]\d{0,8}))$")  # of a StatefulSet: its own name comes first
+WILDCARDS = ("0.0.0.0", "::")  # to listen on, but nowhere to be found at
 SOMEWHERE = ("192.0.2.1", 9)  # never sent to: the way there shows our own address (RFC 5737)
 
 
@@ -51,7 +53,7 @@ def run(settings: Settings, role: str, name: str, node: str) -> int:
     Raises `ForetokenError` for what stands in the way, and `WorkerLostError` when the worker cannot be started.
     """
     logs.configure(settings.log_level, settings.log_format)
-    place = place_of(role, name)
+    worker_name = name_of(role, name)
     if settings.store is None:
         raise ConfigError(
             "a worker says in the store that it is there: set FORETOKEN_STORE, or `store` in the config file, to its "
@@ -59,18 +61,18 @@ def run(settings: Settings, role: str, name: str, node: str) -> int:
             param="store",
         )
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(_serve(settings, settings.store, place, node or socket.gethostname()))
+        runner.run(_serve(settings, settings.store, worker_name, node or socket.gethostname()))
     return 0
 
 
-def place_of(role: str, name: str) -> str:
-    """The place in the cluster that a pod's name ends with. Raises `ConfigError`."""
+def name_of(role: str, pod_name: str) -> str:
+    """The worker's name in the cluster, with which its pod's name ends. Raises `ConfigError`."""
     if role not in ("attention", "expert"):
         raise ConfigError(f"a worker's role is attention or expert, not {role!r}", param="role")
-    found = PLACE.search(name)
+    found = POD_NAME.search(pod_name)
     if found is None or found[2] != role:
         raise ConfigError(
-            f"an {role} worker's name is {role}-<number>, or ends with -{role}-<number>, not {name!r}", param="name"
+            f"an {role} worker's name is {role}-<number>, or ends with -{role}-<number>, not {pod_name!r}", param="name"
         )
     return found[1]
 
@@ -87,22 +89,21 @@ def advertised_host(settings: Settings) -> str:
     raise ConfigError("this machine's address was not found: set FORETOKEN_ADVERTISE to it", param="advertise")
 
 
-async def _serve(settings: Settings, store_url: str, place: str, node: str) -> None:
+async def _serve(settings: Settings, store_url: SecretStr, name: str, node: str) -> None:
     stop = asyncio.Event()
     on_signals(stop, lambda: os._exit(EXIT_AT_ONCE))
-    record, launch = await asyncio.to_thread(_prepare, settings, place, node)
-    environment = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+    record, launch = await asyncio.to_thread(_prepare, settings, name, node)
     worker = WorkerProcess(
         launch,
-        environment=worker_environment(launch, this_machine(), environment),
+        environment=worker_environment(launch, this_machine(), os.environ),
         start_timeout_s=settings.start_timeout_s,
     )
-    store = open_store(store_url, namespace=settings.cluster_name)
-    registration = Registration(store, record, ttl_s=LEASES * settings.lease_s)
+    store = open_store(store_url.get_secret_value(), namespace=settings.cluster_name)
+    registration = Registration(store, record, ttl_s=LASTING_LEASES * settings.lease_s)
     keep_up = asyncio.create_task(_keep_up(worker))
     pulse = asyncio.create_task(end_hung(worker, launch.token, HUNG_LEASES * settings.lease_s))
     stopped = asyncio.create_task(stop.wait())
-    pause_s = LEASES * settings.lease_s / LOOKS
+    pause_s = LASTING_LEASES * settings.lease_s / RENEWALS
     try:
         while not stop.is_set() and not keep_up.done():
             await registration.renew(_announced(launch, worker.pid))
@@ -112,33 +113,35 @@ async def _serve(settings: Settings, store_url: str, place: str, node: str) -> N
     finally:
         stopped.cancel()
         pulse.cancel()
-        await registration.renew(None)
-        await worker.stop(settings.drain_timeout_s + STOP_EXTRA_S)
-        await asyncio.gather(keep_up, pulse, return_exceptions=True)
-        await store.close()
+        try:
+            await registration.renew(None)
+        finally:  # whatever the store says, the worker ends
+            await worker.stop(settings.drain_timeout_s + STOP_EXTRA_S)
+            await asyncio.gather(keep_up, pulse, return_exceptions=True)
+            await store.close()
 
 
-def announce_path(settings: Settings, place: str) -> Path:
-    """Where the worker of that place says that it serves: one file, whoever left it behind."""
-    return settings.home / "clusters" / settings.cluster_name / "pods" / f"{place}.json"
+def announce_path(settings: Settings, name: str) -> Path:
+    """Where the worker of that name says that it serves: one file, whoever left it behind."""
+    return settings.home / "clusters" / settings.cluster_name / "pods" / f"{name}.json"
 
 
-def _prepare(settings: Settings, place: str, node: str) -> tuple[WorkerRecord, Launch]:
+def _prepare(settings: Settings, name: str, node: str) -> tuple[WorkerRecord, Launch]:
     """The worker's record, but for what only the running process knows, and its options. Raises `ConfigError`."""
-    announcement = announce_path(settings, place)
+    announcement = announce_path(settings, name)
     try:
         announcement.parent.mkdir(parents=True, exist_ok=True)
         announcement.unlink(missing_ok=True)  # in a container the next process may have the same id
     except OSError as error:
         raise ConfigError(f"cannot write {announcement}: {error.strerror}", param="home") from error
     host, machine, model = advertised_host(settings), this_machine(), find_model(settings)
-    role = cast(Literal["attention", "expert"], place.partition("-")[0])
+    role = cast(Literal["attention", "expert"], name.partition("-")[0])
     gpus = gpu_bytes() if settings.device != "cpu" else []
     free_bytes = gpus[0] if gpus else machine.available_bytes
     memory_bytes = int(free_bytes * MEMORY_SHARE)
-    port = settings.port or _free_port(settings.host)
+    port = settings.port or free_port(settings.host)
     record = WorkerRecord(
-        name=place,
+        name=name,
         role=role,
         node_id=node,
         device_id="cuda:0" if gpus else "cpu",
@@ -158,12 +161,12 @@ def _prepare(settings: Settings, place: str, node: str) -> tuple[WorkerRecord, L
             machine=machine,
         ),
         role=role,
-        name=place,
+        name=name,
         node_id=node,
         token=settings.token.get_secret_value() if settings.token is not None else None,
         announce_path=str(announcement),
         tensor_host=socket.gethostbyname(host),
-        heartbeat_s=settings.lease_s / LOOKS,
+        heartbeat_s=settings.lease_s / HEARTBEATS,
         peer_timeout_s=settings.peer_timeout_s,
         reroute_timeout_s=settings.reroute_timeout_s,
     )
@@ -185,17 +188,12 @@ def _announced(launch: Launch, pid: int | None) -> Announcement | None:
     return announcement if announcement.pid == pid else None
 
 
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
 class Registration:
     """A worker's record in the store, kept there while its process runs, also by a store that was emptied."""
 
     def __init__(self, store: Store, record: WorkerRecord, *, ttl_s: float) -> None:
         self._store = store
+        self._reader = Reader()
         self._record = record
         self._ttl_s = ttl_s
 
@@ -211,7 +209,8 @@ class Registration:
         held = await self._store.get(key)
         expected = held.version if held is not None else 0
         if announcement is None:
-            if held is not None and msgspec.json.decode(held.value, type=WorkerRecord).address == self._record.address:
+            found = self._reader.read_worker(key, held.value) if held is not None else None
+            if found is not None and found.address == self._record.address:
                 await self._store.compare_and_set(key, None, expected=expected)
             return
         record = msgspec.structs.replace(self._record, worker_id=announcement.worker_id, pid=announcement.pid)

@@ -14,15 +14,16 @@ from pathlib import Path
 import pytest
 
 from cluster.control import detached
-from cluster.operate.children import sweep
+from cluster.operate.children import marked, sweep
 from cluster.operate.leftovers import kill_workers
-from cluster.operate.state_file import Places
-from tests.support import cluster_up
+from cluster.operate.state_file import ClusterFiles
+from tests.support import cluster_up, secret_places
 from tests.support.ray_cluster import RayCluster
 
 pytestmark = [pytest.mark.needs("ray", "redis", "linux", "demo"), pytest.mark.timeout(400)]
 
 NAME = "local"  # as the config file says
+TOKEN = "0123456789abcdef"
 RAY = (sys.executable, "-m", "ray.scripts.scripts", "job")
 
 
@@ -52,10 +53,11 @@ def _ray_job(cluster: RayCluster, *arguments: str) -> str:
 
 def test_a_job_serves_drains_and_leaves_nothing(ray_with_dashboard: RayCluster, tmp_path: Path) -> None:
     cluster = ray_with_dashboard
-    places = Places(cluster_up.settings(tmp_path, NAME))
+    files = ClusterFiles(cluster_up.settings(tmp_path, NAME))
     variables = {
         "FORETOKEN_HOME": str(tmp_path),
         "FORETOKEN_PORT": "0",
+        "FORETOKEN_TOKEN": TOKEN,
     }
     command = f"{sys.executable} -m cluster.cli cluster up --config configs/cluster/local.yaml"
     try:
@@ -70,21 +72,25 @@ def test_a_job_serves_drains_and_leaves_nothing(ray_with_dashboard: RayCluster, 
             *command.split(),
         )
         url = _wait_ready(cluster)
-        state = cluster_up.wait_state(places)
-        worker, _ = [int(path.read_text()) for path in places.logs.glob("expert-*.pid")]
+        state = cluster_up.wait_state(files)
+        worker, _ = [int(path.read_text()) for path in files.logs.glob("expert-*.pid")]
         code = Path(os.readlink(f"/proc/{worker}/cwd")).name
         assert code.startswith("_ray_pkg_"), code  # what was uploaded, not this checkout
+        beside = [process for pid in marked(cluster.run_id) if (process := secret_places.look_at(pid)) is not None]
+        of_workers = [process for process in beside if re.search(r"ray::WorkerActor|workers\.server", process.command)]
+        assert len(of_workers) >= 8
+        assert all(TOKEN not in process.environment.decode(errors="replace") for process in of_workers)
         assert cluster_up.complete(url, "Once upon a time", 8)["usage"]["completion_tokens"] == 8
         _ray_job(cluster, "stop", "--no-wait", "up")
-        cluster_up.wait_ended(places)
+        cluster_up.wait_ended(files)
         assert not Path(state.folder).exists()
-        for path in places.logs.glob("*.pid"):
+        for path in files.logs.glob("*.pid"):
             assert not detached.is_running(int(path.read_text()), path.stem)
         assert [node.pid for node in cluster.nodes if node.pid is None] == []  # their Ray goes on
     finally:
-        if (left := places.read()) is not None:
-            sweep(left.run_id)
-        kill_workers(places)
+        if (left := files.read()) is not None:
+            sweep(left.run_id, left.folder)
+        kill_workers(files)
 
 
 def _wait_ready(cluster: RayCluster) -> str:

@@ -18,7 +18,8 @@ from cluster.control.placement import PlacedWorker
 from cluster.control.ray_launcher import RayLauncher
 from cluster.errors import CheckpointError, UnavailableError, WorkerLostError
 from cluster.operate.children import Child, marked
-from cluster.protocol import Launch, WorkerRecord
+from cluster.protocol import Launch
+from cluster.store.records import WorkerRecord
 from tests.support.processes import has_ended
 from tests.support.ray_cluster import RayCluster
 from tests.support.stand_in_worker import COMMAND

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from cluster.cli import app
 from cluster.config import ENV_PREFIX, Settings, load
 from cluster.gateway.app import router
 from cluster.gateway.limits import FLUSH_S
-from cluster.operate.worker import STOP_EXTRA_S, place_of
+from cluster.operate.controller import PULSE_NAME
+from cluster.operate.pulse import Pulse
+from cluster.operate.worker import STOP_EXTRA_S, name_of
 from cluster.serve import HTTP_STOP_TIMEOUT_S
 from tests.support.chart import CLUSTER_SETS, FULLNAME, VALUE_SETS, Object, Values, environment, every, one, pod_of
 from tests.support.chart import serve_yaml as serve_yaml_of
@@ -75,7 +78,8 @@ def test_the_command_line_takes_what_gateway_and_controller_are_given(values: Va
         command, given = _parse(container["args"])
         assert name.endswith(f"-{command}")
         assert given["config"] == Path("/etc/foretoken/serve.yaml")
-        assert given == ({"config": given["config"]} | ({"pods": True} if command == "controller" else {}))
+        own = {"pods": True, "folder": Path("/tmp")} if command == "controller" else {}
+        assert given == {"config": given["config"]} | own
 
 
 @CLUSTERS
@@ -90,7 +94,7 @@ def test_each_worker_has_a_place_of_its_own(values: Values, tmp_path: Path) -> N
             assert command == "worker"
             assert given["node"] == "gpu-7.example"
             assert given["config"] == Path("/etc/foretoken/serve.yaml")
-            assert place_of(given["role"], given["name"]) == given["name"]
+            assert name_of(given["role"], given["name"]) == given["name"]
             names.append(given["name"])
         variables = environment(container)
         assert variables["POD_NAME"]["fieldRef"]["fieldPath"] == "metadata.name"
@@ -188,6 +192,30 @@ def test_a_workers_probes_knock_at_its_port(name: str) -> None:
     (port,) = container["ports"]
     for kind in ("startup", "liveness", "readiness"):
         assert container[f"{kind}Probe"]["tcpSocket"] == {"port": port["name"]}
+
+
+@pytest.mark.needs("linux")
+def test_a_controllers_probes_look_at_its_pulse(tmp_path: Path) -> None:
+    container = _container(CONTROLLER)
+    _, given = _parse(container["args"])
+    pulse = str(given["folder"] / PULSE_NAME)
+    for kind in ("startup", "liveness"):
+        *shell, script = container[f"{kind}Probe"]["exec"]["command"]
+        assert pulse in script
+        here = tmp_path / f"{kind}.pulse"
+
+        def looks_well(command: tuple[str, ...] = (*shell, script.replace(pulse, str(here)))) -> bool:
+            return subprocess.run(command, timeout=20, check=False, stderr=subprocess.DEVNULL).returncode == 0
+
+        assert not looks_well()
+        Pulse(here).beat()
+        assert looks_well()
+        past_s = time.time() - 60
+        os.utime(here, (past_s, past_s))
+        assert not looks_well()
+    probe = container["livenessProbe"]
+    assert probe["terminationGracePeriodSeconds"] == 1  # one that hangs does not end by itself
+    assert probe["periodSeconds"] * probe["failureThreshold"] <= 10
 
 
 @pytest.mark.parametrize("seconds", [10, 11, 1800])

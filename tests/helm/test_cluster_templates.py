@@ -222,8 +222,21 @@ def test_a_store_of_theirs_is_named_in_a_secret() -> None:
 
 
 @CLUSTERS
+def test_a_pod_gets_the_secrets_that_it_needs(values: Values) -> None:
+    store = "REDIS_PASSWORD" if values.get("redis", {}).get("enabled") else "FORETOKEN_STORE"
+    for workload in _workloads(values).values():
+        variables = environment(_container(workload))
+        given = {name for name, value in variables.items() if isinstance(value, dict) and "secretKeyRef" in value}
+        if _component(workload) == "redis":
+            assert given == {"REDISCLI_AUTH"}
+        else:
+            assert given - {"HF_TOKEN"} == {"FORETOKEN_TOKEN", store}
+
+
+@CLUSTERS
 def test_no_secret_stands_outside_of_a_secret(values: Values) -> None:
     secrets = [base64.b64decode(v).decode() for s in every(values, "Secret").values() for v in s["data"].values()]
+    assert len(set(secrets)) == len(secrets)
     rest = str([found for found in objects(values) if found["kind"] != "Secret"])
     assert not [secret for secret in secrets if secret in rest]
 

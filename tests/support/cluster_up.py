@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Settings, load
-from cluster.operate.state_file import Places, SupervisorState
+from cluster.operate.state_file import ClusterFiles, SupervisorState
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 150.0
@@ -48,18 +48,18 @@ def foretoken(
     )
 
 
-def wait_state(places: Places, timeout_s: float = START_TIMEOUT_S) -> SupervisorState:
+def wait_state(files: ClusterFiles, timeout_s: float = START_TIMEOUT_S) -> SupervisorState:
     deadline = time.monotonic() + timeout_s
-    while (state := places.read()) is None:
+    while (state := files.read()) is None:
         assert time.monotonic() < deadline, "no supervisor has written its state"
         time.sleep(POLL_S)
     return state
 
 
-def wait_ended(places: Places) -> None:
+def wait_ended(files: ClusterFiles) -> None:
     """Until the supervisor is gone and has taken its state away."""
     deadline = time.monotonic() + END_TIMEOUT_S
-    while places.is_held() or places.read() is not None:
+    while files.is_held() or files.read() is not None:
         assert time.monotonic() < deadline, "the supervisor does not end"
         time.sleep(POLL_S)
 

@@ -12,14 +12,15 @@ import msgspec
 
 from cluster.config import load
 from cluster.control.controller import Controller
-from cluster.control.leadership import LEAD_KEY
+from cluster.control.last_known import LastKnown
 from cluster.control.model import Model
 from cluster.control.topology import Device, Node, Topology
 from cluster.errors import StoreUnavailableError
 from cluster.machine import Machine
-from cluster.protocol import ClusterStatus, ModelShape, WorkerRecord
+from cluster.protocol import ModelShape
 from cluster.store.base import Versioned
 from cluster.store.memory import MemoryStore
+from cluster.store.records import LEAD_KEY, ClusterStatus, WorkerRecord
 from tests.support.controlled_workers import ControlledLauncher
 
 DEADLINE_S = 30.0
@@ -70,7 +71,15 @@ class FaultyStore(MemoryStore):
 class LedCluster:
     """A controller that runs until `kill` or `stop`."""
 
-    def __init__(self, store: FaultyStore, launcher: ControlledLauncher, **settings: object) -> None:
+    def __init__(
+        self,
+        store: FaultyStore,
+        launcher: ControlledLauncher,
+        *,
+        last_known: LastKnown | None = None,
+        beat: Callable[[], None] = lambda: None,
+        **settings: object,
+    ) -> None:
         self.store = store
         self.launcher = launcher
         values: dict[str, object] = {"attention_workers": 1, "expert_workers": 2, "lease_s": LEASE_S}
@@ -83,6 +92,8 @@ class LedCluster:
             shape=SHAPE,
             machine=MACHINE,
             backoff=lambda _: 0.0,
+            last_known=last_known,
+            beat=beat,
         )
         self.stop = asyncio.Event()
         self.task = asyncio.create_task(self.controller.run(self.stop))

@@ -9,9 +9,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from cluster.machine import this_machine
-from cluster.operate.children import MARK, Child, sweep
-from cluster.operate.ray_nodes import free_port, is_started, node_children, node_environment, node_names
+from cluster.environment import MARK
+from cluster.machine import free_port, this_machine
+from cluster.operate.children import Child, sweep
+from cluster.operate.ray_nodes import is_started, node_children, node_environment, node_names
 
 START_TIMEOUT_S = 60.0
 POLL_S = 0.05

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from cluster.gateway.pool import Place
+from cluster.gateway.pool import Endpoint
 from cluster.protocol import Submit
 from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker, hello
 
@@ -19,8 +19,8 @@ class Team:
             worker.hello = hello(worker_id=f"worker-{name}")
 
     @property
-    def places(self) -> list[Place]:
-        return [Place(name, worker.address) for name, worker in self.workers.items()]
+    def endpoints(self) -> list[Endpoint]:
+        return [Endpoint(name, worker.address) for name, worker in self.workers.items()]
 
     def pause_after(self, num_steps: int | None) -> None:
         for worker in self.workers.values():

@@ -35,6 +35,12 @@
 {{- toYaml $cache -}}
 {{- end }}
 
+{{/* Whether a controller's loop went round in the last 20 s; it beats more than once a second. */}}
+{{- define "foretoken.beats" -}}
+exec:
+  command: [sh, -c, 'test -n "$(find /tmp/controller.pulse -newermt "-20 seconds")"']
+{{- end }}
+
 {{- define "foretoken.clusterVariables" -}}
 - name: FORETOKEN_TOKEN
   valueFrom:

@@ -104,6 +104,25 @@ def test_a_bad_value_is_one_line_and_exit_code_1() -> None:
     assert shown.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", [["cluster", "up"], ["cluster", "status"]])
+def test_a_password_on_the_command_line_is_refused_and_not_repeated(command: list[str]) -> None:
+    shown = _foretoken(*command, "--store", "redis://:s3cret@h:1/0")
+    assert shown.returncode == 1
+    assert shown.stderr.startswith("Error: --store redis://h:1/0 was given with a password")
+    assert "FORETOKEN_STORE" in shown.stderr
+    assert "s3cret" not in shown.stdout + shown.stderr
+
+
+@pytest.mark.parametrize("arguments", [["doctor", "--config"], ["cluster", "status"], ["cluster", "up", "--help"]])
+def test_no_command_shows_a_secret(arguments: list[str]) -> None:
+    environment = {"FORETOKEN_STORE": "redis://:s3cret@127.0.0.1:1/0", "FORETOKEN_TOKEN": "s3cret"}
+    shown = _foretoken(*arguments, environment=environment)
+    assert "s3cret" not in shown.stdout + shown.stderr
+    if arguments[0] == "doctor":
+        lines = {line.split()[0]: line.split()[1:] for line in shown.stdout.splitlines()}
+        assert lines["store"] == ["redis://127.0.0.1:1/0", "FORETOKEN_STORE"]
+
+
 def test_an_unknown_option_is_a_usage_error() -> None:
     assert _foretoken("serve", "--colour", "red").returncode == 2
 

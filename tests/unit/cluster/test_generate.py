@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.control.launch import PACKAGES
+from cluster.environment import PACKAGES
 from cluster.errors import InvalidValueError
 from cluster.gateway.settings import GatewaySettings
 from cluster.generate import Prompt, read_prompt

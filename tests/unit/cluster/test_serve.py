@@ -20,8 +20,8 @@ import httpx
 import pytest
 
 from cluster.config import load
-from cluster.control.launch import PACKAGES
 from cluster.control.model import Model, default_name
+from cluster.environment import PACKAGES
 from cluster.errors import ConfigError
 from cluster.protocol import Hello
 from cluster.serve import announce, base_url, curl_line, gateway_settings, listen
@@ -331,9 +331,9 @@ def test_the_curl_line_survives_a_name_with_quotes() -> None:
 
 def test_the_summary_off_a_terminal_is_log_lines(caplog: pytest.LogCaptureFixture) -> None:
     hello = Hello(
-        version=1, worker_id="w", served_name="m", max_model_len=4096, vocab_size=8, eos_token_ids=(2,),
-        numerics="invariant", num_pages=9, page_size=64, model_type="qwen3_moe", num_parameters=11_600_000,
-        num_experts=64, num_layers=8,
+        version=1, worker_id="w", served_name="m", max_model_len=4096, vocab_size=8,
+        checkpoint="c0ffee", dtype="float32", numerics="invariant", arithmetic="ours", num_pages=9, page_size=64,
+        model_type="qwen3_moe", num_parameters=11_600_000, num_experts=64, num_layers=8,
     )  # fmt: skip
     with caplog.at_level("INFO"):
         announce(hello, "http://127.0.0.1:1", load(), 3.21)

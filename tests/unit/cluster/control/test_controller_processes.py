@@ -19,8 +19,8 @@ from cluster.control.model import find_model
 from cluster.control.process_launcher import ProcessLauncher
 from cluster.control.shape import describe
 from cluster.machine import this_machine
-from cluster.protocol import ClusterStatus, WorkerStatus
 from cluster.store.memory import MemoryStore
+from cluster.store.records import ClusterStatus, WorkerStatus
 
 pytestmark = pytest.mark.needs("demo", "linux")
 

@@ -6,7 +6,7 @@ import asyncio
 
 from cluster.control.topology import Topology
 from cluster.errors import UnavailableError
-from cluster.protocol import WorkerRecord
+from cluster.store.records import WorkerRecord
 from tests.support.controlled_workers import ControlledLauncher
 from tests.support.led_cluster import TOKEN, FaultyStore, LedCluster, nodes, run, running, stored_records
 

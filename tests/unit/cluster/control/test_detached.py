@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.control import detached
 from cluster.control.detached import end, is_running, start_detached
-from cluster.errors import DeadlineError, WorkerLostError
+from cluster.errors import DeadlineError, StartRefusedError, WorkerLostError
 from cluster.protocol import Announcement, Launch
 from tests.support.processes import has_ended, wait_for_end
 
@@ -84,13 +85,14 @@ def test_it_outlives_who_started_it(log_path: Path) -> None:
 
 
 def test_its_own_words_become_the_error(log_path: Path) -> None:
-    with pytest.raises(WorkerLostError, match=r"^no such model$"):
+    with pytest.raises(StartRefusedError, match=r"^no such model$"):
         _start(log_path, "refuses")
 
 
 def test_otherwise_its_last_lines_do(log_path: Path) -> None:
     with pytest.raises(WorkerLostError, match="ended while it started") as caught:
         _start(log_path, "fails")
+    assert not isinstance(caught.value, StartRefusedError)
     assert str(log_path) in caught.value.message
     assert caught.value.message.endswith("on stdout\non stderr")
 
@@ -99,6 +101,23 @@ def test_a_start_that_takes_too_long_is_ended(log_path: Path) -> None:
     with pytest.raises(DeadlineError, match=r"not ready after 0\.3 s \(start_timeout_s\)"):
         _start(log_path, "hangs", timeout_s=0.3)
     wait_for_end(int(log_path.with_suffix(".pid").read_text()), DEADLINE_S)
+
+
+@pytest.mark.parametrize(
+    ("shell", "error", "text"),
+    [
+        ("exec sleep 1000", DeadlineError, r"expert-0 did not take its launch message within 0\.3 s"),
+        ("echo no room >&2", WorkerLostError, r"the shell did not start expert-0\. Its last lines:\nno room"),
+    ],
+)
+def test_a_shell_that_says_no_id_is_no_hang(
+    log_path: Path, monkeypatch: pytest.MonkeyPatch, shell: str, error: type[Exception], text: str
+) -> None:
+    monkeypatch.setattr(detached, "SHELL_TIMEOUT_S", 0.3 if error is DeadlineError else DEADLINE_S)
+    monkeypatch.setattr(detached, "START", shell)
+    with pytest.raises(error, match=text):
+        _start(log_path)
+    assert not log_path.with_suffix(".pid").exists()
 
 
 def test_a_start_can_be_given_up(log_path: Path) -> None:

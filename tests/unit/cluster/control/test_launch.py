@@ -16,7 +16,8 @@ import msgspec
 import pytest
 
 from cluster.config import load
-from cluster.control.launch import PACKAGES, WorkerProcess, backoff_s, launch_message, socket_folder, worker_environment
+from cluster.control.launch import WorkerProcess, backoff_s, launch_message, socket_folder, worker_environment
+from cluster.environment import PACKAGES
 from cluster.errors import DeadlineError, WorkerLostError
 from cluster.machine import Machine
 from cluster.protocol import Launch
@@ -299,3 +300,13 @@ def test_the_worker_is_found_beside_cluster_whatever_the_current_folder_holds() 
     assert environment["PYTHONPATH"].split(os.pathsep) == [str(PACKAGES), "/elsewhere"]
     assert environment["HOME"] == "/h"
     assert (PACKAGES / "workers").is_dir()
+
+
+def test_a_worker_inherits_no_secret_and_nobodys_settings() -> None:
+    inherited = {"FORETOKEN_STORE": "redis://h", "RAY_AUTH_TOKEN": "r", "HF_TOKEN": "h", "PATH": "/b"}
+    assert set(worker_environment(LAUNCH, MACHINE, inherited)) - {"MKL_CBWR"} == {"PATH", "PYTHONPATH"}
+
+
+def test_the_token_of_a_launch_is_not_shown() -> None:
+    assert "hidden" not in repr(msgspec.structs.replace(LAUNCH, token="hidden"))
+    assert "token=None" in repr(LAUNCH)

@@ -5,8 +5,11 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from cluster.control.leadership import EPOCH_KEY, LEAD_KEY, Leadership, LostLeadError
+from cluster.control.leadership import Leadership, LostLeadError
+from cluster.protocol import Lead
+from cluster.silence import LASTING_LEASES
 from cluster.store.memory import MemoryStore
+from cluster.store.records import EPOCH_KEY, LEAD_KEY
 
 DEADLINE_S = 20.0
 LEASE_S = 0.3
@@ -101,5 +104,69 @@ def test_an_epoch_above_ours_in_the_store_ends_our_lead() -> None:
         await store.compare_and_set(EPOCH_KEY, b"5", expected=(await store.get(EPOCH_KEY)).version)
         with pytest.raises(LostLeadError, match="the store knows of epoch 5, above ours, 1"):
             await leader.renew()
+
+    _run(body)
+
+
+def test_a_lead_that_cannot_be_read_is_waited_for_as_long_as_a_lead_lasts() -> None:
+    async def body() -> None:
+        loop, store = asyncio.get_running_loop(), MemoryStore()
+        await store.compare_and_set(LEAD_KEY, b"{", expected=0)
+        await store.compare_and_set(EPOCH_KEY, b"no number", expected=0)
+        began = loop.time()
+        leader = Leadership(store, "first", lease_s=LEASE_S)
+        assert await leader.acquire()
+        assert loop.time() - began >= LASTING_LEASES * LEASE_S
+        assert (leader.epoch, (await store.get(EPOCH_KEY)).value) == (1, b"1")
+        await leader.renew()
+
+    _run(body)
+
+
+@pytest.mark.parametrize("epoch", [b"-1", b"%d" % 2**63, b"9" * 400], ids=["negative", "too-large", "endless"])
+def test_an_epoch_that_no_order_could_carry_is_none(epoch: bytes) -> None:
+    async def body() -> None:
+        store = MemoryStore()
+        await store.compare_and_set(EPOCH_KEY, epoch, expected=0)
+        leader = Leadership(store, "first", lease_s=LEASE_S)
+        assert await leader.acquire()
+        assert leader.epoch == 1
+
+    _run(body)
+
+
+def test_a_predecessor_that_has_ended_is_not_waited_for_and_its_words_are_said_until_then() -> None:
+    async def body() -> None:
+        clock = _Clock()  # on which the first one's lead never ends
+        store = MemoryStore(clock=clock)
+        first = Leadership(store, "first", lease_s=LEASE_S)
+        assert await first.acquire()
+        second = Leadership(store, "second", lease_s=LEASE_S, before=first.message)
+        assert second.message == first.message
+        assert await second.acquire()
+        assert second.message == Lead(epoch=2, controller_id="second")
+        assert second.found_epoch == 1
+
+    _run(body)
+
+
+def test_an_emptied_store_does_not_bring_back_the_epochs_that_a_predecessor_had() -> None:
+    async def body() -> None:
+        leader = Leadership(MemoryStore(), "second", lease_s=LEASE_S, before=Lead(epoch=7, controller_id="first"))
+        assert await leader.acquire()
+        assert (leader.epoch, leader.found_epoch) == (8, 0)
+
+    _run(body)
+
+
+def test_a_renewal_and_a_higher_epoch_at_the_same_time_keep_the_lead() -> None:
+    async def body() -> None:
+        store = MemoryStore()
+        leader = Leadership(store, "first", lease_s=LEASE_S)
+        await leader.acquire()
+        await asyncio.gather(leader.renew(), leader.raise_above(8), leader.renew())
+        assert (await store.get(EPOCH_KEY)).value == b"9"
+        await leader.resign()
+        assert await store.get(LEAD_KEY) is None
 
     _run(body)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from cluster.control.launch import PACKAGES
 from cluster.control.ray_actor import for_workers
-from cluster.control.ray_launcher import RayNode, bridge_environment, to_node
+from cluster.control.ray_launcher import Call, Connect, RayNode, to_node
 from cluster.control.topology import MEMORY_SHARE
 
 GIB = 2**30
@@ -23,13 +25,15 @@ def test_a_node_without_gpus_is_its_processor() -> None:
     assert (device.id, device.memory_bytes) == ("cpu", int(10 * GIB * MEMORY_SHARE))
 
 
-def test_secrets_go_no_further_than_they_must() -> None:
-    given = {"FORETOKEN_TOKEN": "t", "RAY_AUTH_TOKEN": "r", "OMP_NUM_THREADS": "1", "HOME": "/h"}
-    assert for_workers(given) == {"HOME": "/h"}
-    bridge = bridge_environment(given | {"PYTHONPATH": "/p"})
-    assert "FORETOKEN_TOKEN" not in bridge
-    assert bridge["RAY_AUTH_TOKEN"] == "r"
-    assert bridge["PYTHONPATH"] == f"{PACKAGES}:/p"
+def test_a_worker_is_not_held_to_its_actors_one_thread() -> None:
+    assert for_workers({"OMP_NUM_THREADS": "1", "PYTHONBREAKPOINT": "ray", "HOME": "/h"}) == {"HOME": "/h"}
+
+
+@pytest.mark.needs("ray")
+def test_an_actor_inherits_no_secret_of_its_job() -> None:
+    from cluster.control.ray_bridge import ACTOR_ENVIRONMENT
+
+    assert (ACTOR_ENVIRONMENT["FORETOKEN_STORE"], ACTOR_ENVIRONMENT["FORETOKEN_TOKEN"]) == ("", "")
 
 
 @pytest.mark.needs("ray")
@@ -41,3 +45,65 @@ def test_a_worker_reserves_its_share_of_a_gpu() -> None:
     assert gpu_share(100 * GIB, (80 * GIB,), 0) == 1.0
     assert gpu_share(1, (80 * GIB,), 0) == 0.0001  # Ray's least
     assert gpu_share(GIB, (), 3) == 1.0  # its size is not known
+
+
+class _Actors:
+    """What the bridge uses of Ray to end actors; those in `silent` never answer. Time passes in `wait` only."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, names: list[str], silent: set[str]) -> None:
+        from cluster.control import ray_bridge
+
+        self.silent = silent
+        self.calls: list[tuple[str, str, tuple[object, ...]]] = []  # actor, method, arguments
+        self.killed: list[str] = []
+        self.now_s = 0.0
+        self.exceptions = SimpleNamespace()
+        self.util = SimpleNamespace(list_named_actors=lambda **_: [{"name": n, "namespace": "ns"} for n in names])
+        monkeypatch.setattr(ray_bridge, "ray", self)
+        monkeypatch.setattr(ray_bridge, "time", SimpleNamespace(monotonic=lambda: self.now_s, sleep=self._pass))
+
+    def _pass(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    def get_actor(self, name: str) -> SimpleNamespace:
+        def method(what: str) -> SimpleNamespace:
+            def remote(*arguments: object) -> tuple[str, str]:
+                self.calls.append((name, what, arguments))
+                return name, what
+
+            return SimpleNamespace(remote=remote)
+
+        return SimpleNamespace(name=name, stop=method("stop"), is_idle=method("is_idle"))
+
+    def wait(
+        self, references: list[tuple[str, str]], *, num_returns: int, timeout: float
+    ) -> tuple[list[Any], list[Any]]:
+        assert num_returns == len(references)
+        done = [reference for reference in references if reference[0] not in self.silent]
+        if len(done) < num_returns:
+            self._pass(timeout)
+        return done, [reference for reference in references if reference not in done]
+
+    def get(self, reference: tuple[str, str], timeout: float) -> bool:
+        return True
+
+    def kill(self, actor: SimpleNamespace) -> None:
+        self.killed.append(actor.name)
+
+
+@pytest.mark.needs("ray")
+@pytest.mark.parametrize("num_silent", [0, 1, 9])
+def test_however_many_actors_say_nothing_ending_all_keeps_one_deadline(
+    monkeypatch: pytest.MonkeyPatch, num_silent: int
+) -> None:
+    from cluster.control.ray_bridge import Bridge
+
+    names = [f"expert-{i}" for i in range(10)]
+    silent = set(names[:num_silent])
+    actors = _Actors(monkeypatch, names, silent)
+    connect = Connect(namespace="ns", address=None, host=None, logs_dir="", start_timeout_s=1.0, command=())
+    call = Call(id=1, method="end_all", timeout_s=30.0)
+    assert Bridge(connect).answer(call) == 10 - num_silent
+    assert actors.now_s <= (call.timeout_s if num_silent else 1.0)
+    assert {name for name, what, arguments in actors.calls if (what, arguments) == ("stop", (0, True))} == silent
+    assert sorted(actors.killed) == sorted(names)

@@ -278,10 +278,10 @@ def test_starts_that_fail_again_and_again_become_rare() -> None:
     cluster.kill("expert-0")
     cluster.run(100.0)
     assert 4 <= len(cluster.starts) <= 8
-    assert cluster.restarts.problem() == "expert-0 does not start: it would not start"
+    assert [failure.worker for failure in cluster.restarts.failures()] == ["expert-0"]
     cluster.start_failure = 0.0
     _converged(cluster)
-    assert cluster.restarts.problem() is None
+    assert cluster.restarts.failures() == ()
 
 
 def test_an_assignment_that_failed_is_sent_again_later_under_a_new_version() -> None:

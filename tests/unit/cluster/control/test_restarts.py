@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from cluster.control.launch import STABLE_S, backoff_s
 from cluster.control.restarts import RARE_S, Restarts
+from cluster.errors import CheckpointError, StartRefusedError, UnavailableError, WorkerLostError
+from cluster.store.records import StartFailure
 
 
 def test_the_first_death_costs_no_time_the_next_ones_more_and_more() -> None:
@@ -20,25 +22,35 @@ def test_the_first_death_costs_no_time_the_next_ones_more_and_more() -> None:
 def test_one_workers_failures_are_not_another_s() -> None:
     restarts = Restarts()
     for _ in range(3):
-        restarts.note_failure("a", 0.0, "no such file")
+        restarts.note_failure("a", 0.0, CheckpointError("no such file"))
     assert restarts.resting(0.0) == {"a"}
 
 
-def test_three_equal_failures_are_a_problem_until_a_start_succeeds() -> None:
+def test_three_equal_failures_are_told_of_until_a_start_succeeds() -> None:
     restarts = Restarts()
-    for error in ("x", "y", "y"):
-        restarts.note_failure("a", 0.0, error)
-        assert restarts.problem() is None
-    restarts.note_failure("a", 0.0, "y")
-    assert restarts.problem() == "a does not start: y"
+    for text in ("x", "y", "y"):
+        restarts.note_failure("a", 0.0, WorkerLostError(text))
+        assert restarts.failures() == ()
+    restarts.note_failure("a", 0.0, WorkerLostError("y"))
+    assert restarts.failures() == (StartFailure(code="worker_lost", message="y", worker="a"),)
     assert restarts.resting(RARE_S - 1) == {"a"}
     restarts.note_start("a")
-    assert restarts.problem() is None
+    assert restarts.failures() == ()
+
+
+def test_a_worker_that_refuses_may_use_other_words_each_time() -> None:
+    restarts = Restarts()
+    for i in range(3):
+        assert restarts.failures() == ()
+        restarts.note_failure("a", 0.0, StartRefusedError(f"{i} GiB are free"))
+    assert restarts.failures() == (StartFailure(code="start_refused", message="2 GiB are free", worker="a"),)
+    restarts.note_failure("a", 0.0, WorkerLostError("killed"))
+    assert restarts.failures() == ()  # that may be another reason
 
 
 def test_failures_for_no_reason_of_its_own_are_never_hopeless() -> None:
     restarts = Restarts()
     for _ in range(20):
-        restarts.note_failure("a", 0.0, "")
-    assert restarts.problem() is None
+        restarts.note_failure("a", 0.0, UnavailableError("Ray is away"))
+    assert restarts.failures() == ()
     assert not restarts.resting(backoff_s(100))

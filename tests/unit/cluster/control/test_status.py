@@ -3,7 +3,8 @@ from __future__ import annotations
 import msgspec
 
 from cluster.control.status import cluster_status, conditions
-from cluster.protocol import ClusterStatus, EngineState, Lead
+from cluster.protocol import EngineState, Lead
+from cluster.store.records import ClusterStatus, StartFailure
 from tests.support.simulated_cluster import NUM_EXPERTS, TERMS, SimulatedCluster, node
 
 
@@ -55,3 +56,17 @@ def test_conditions_leave_out_what_changes_all_the_time() -> None:
     assert conditions(msgspec.structs.replace(status, at_s=9.0, workers=busy)) == conditions(status)
     other = msgspec.structs.replace(status, problem=None)
     assert conditions(other) != conditions(status)
+
+
+def test_what_keeps_the_cluster_from_coming_up_stands_in_a_field_of_its_own() -> None:
+    cluster = SimulatedCluster(0, [node("a", 10)])
+    cluster.step()
+    lead, refused = (
+        Lead(epoch=3, controller_id="c"),
+        StartFailure(code="start_refused", message="why", worker="expert-0"),
+    )
+    status = cluster_status("name", "model", lead, TERMS, cluster.observed(), cluster.plan, None, (refused,))
+    no_room, other = status.failures
+    assert (no_room.code, no_room.worker) == ("placement_impossible", "")
+    assert no_room.message == cluster.plan.place_problem
+    assert other == refused

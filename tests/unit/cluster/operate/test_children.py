@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
+from cluster.environment import MARK
 from cluster.errors import WorkerLostError
-from cluster.operate.children import MARK, Child, in_session, marked, sweep
+from cluster.operate.children import Child, in_session, marked, sweep
 from cluster.operate.redis_server import is_answering, redis_child
 from tests.support.processes import has_ended, wait_for_end
 
@@ -150,7 +152,7 @@ def test_a_session_is_its_leader_and_what_that_started_in_it(child: Callable[...
 def test_a_redis_that_hides_its_mark_is_found_by_its_socket(tmp_path: Path, run_id: str) -> None:
     folder = Path(tempfile.mkdtemp(prefix="ft-", dir="/tmp"))  # a socket's path is short
     environment = os.environ | {MARK: run_id}
-    redis, _ = redis_child(folder, "secret", tmp_path / "redis.log", environment)
+    redis, _ = redis_child(folder, SecretStr("secret"), tmp_path / "redis.log", environment)
     redis.start()
     try:
         _wait(lambda: is_answering(folder))

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from cluster.config import Settings, load
+from cluster.environment import MARK
 from cluster.operate import down
-from cluster.operate.children import MARK
 from cluster.operate.leftovers import clean_up
-from cluster.operate.state_file import Places, SupervisorState
+from cluster.operate.state_file import ClusterFiles, SupervisorState
 from tests.support.processes import wait_for_end
 
 pytestmark = pytest.mark.needs("linux")
@@ -27,13 +27,13 @@ SLEEP = "import time; time.sleep(600)"
 SUPERVISOR = """
 import os, signal, sys
 from cluster.config import load
-from cluster.operate.state_file import Places, SupervisorState
-places = Places(load({"home": sys.argv[1], "cluster_name": "one"}))
+from cluster.operate.state_file import ClusterFiles, SupervisorState
+files = ClusterFiles(load({"home": sys.argv[1], "cluster_name": "one"}))
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-with places.held():
-    places.write(SupervisorState(pid=os.getpid(), run_id="none", folder="/none", url="", store="", token=""))
+with files.held():
+    files.write(SupervisorState(pid=os.getpid(), run_id="none", folder="/none", url="", store=""))
     signal.sigwait({signal.SIGTERM})
-    places.remove()
+    files.remove()
 """
 
 
@@ -45,7 +45,7 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture
 def left_behind(settings: Settings, tmp_path: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     """What a supervisor that was killed leaves: a child, a worker, a folder and its state."""
-    places, run_id = Places(settings), secrets.token_hex(8)
+    files, run_id = ClusterFiles(settings), secrets.token_hex(8)
     sleeper = [sys.executable, "-S", "-c", SLEEP]
     running = {
         "child": subprocess.Popen(sleeper, env=os.environ | {MARK: run_id}, start_new_session=True),
@@ -54,12 +54,10 @@ def left_behind(settings: Settings, tmp_path: Path) -> Iterator[dict[str, subpro
     }
     folder = tmp_path / "ft"
     folder.mkdir()
-    with places.held():
-        places.write(
-            SupervisorState(pid=2**22 + 1, run_id=run_id, folder=str(folder), url="", store="unix:///none", token="")
-        )
-    (places.logs / "expert-0.pid").write_text(str(running["worker"].pid))
-    (places.logs / "expert-1.pid").write_text(str(running["stranger"].pid))  # the id is another program's by now
+    with files.held():
+        files.write(SupervisorState(pid=2**22 + 1, run_id=run_id, folder=str(folder), url="", store="unix:///none"))
+    (files.logs / "expert-0.pid").write_text(str(running["worker"].pid))
+    (files.logs / "expert-1.pid").write_text(str(running["stranger"].pid))  # the id is another program's by now
     yield running
     for process in running.values():
         process.kill()
@@ -72,16 +70,16 @@ def test_without_a_cluster_there_is_nothing_to_stop(settings: Settings, capsys: 
 
 
 def test_a_living_supervisor_is_told_and_waited_for(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
-    places = Places(settings)
+    files = ClusterFiles(settings)
     with subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(settings.home)], cwd=ROOT) as supervisor:
         deadline = time.monotonic() + DEADLINE_S
-        while places.read() is None:
+        while files.read() is None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert down.run(settings) == 0
         assert supervisor.wait(DEADLINE_S) == 0
     assert capsys.readouterr().out == "one has ended\n"
-    assert not places.is_held()
+    assert not files.is_held()
 
 
 def test_what_a_dead_supervisor_left_is_ended(
@@ -92,7 +90,7 @@ def test_what_a_dead_supervisor_left_is_ended(
     assert left_behind["child"].wait(DEADLINE_S) == -signal.SIGKILL
     assert left_behind["worker"].wait(DEADLINE_S) == -signal.SIGKILL
     assert left_behind["stranger"].poll() is None
-    assert Places(settings).read() is None
+    assert ClusterFiles(settings).read() is None
     assert not (settings.home / "ft").exists()
     assert down.run(settings) == 1
 
@@ -100,9 +98,9 @@ def test_what_a_dead_supervisor_left_is_ended(
 def test_cleaning_up_twice_ends_nothing_more(
     settings: Settings, left_behind: dict[str, subprocess.Popen[bytes]]
 ) -> None:
-    places = Places(settings)
-    with places.held():
-        assert clean_up(places) == 2
+    files = ClusterFiles(settings)
+    with files.held():
+        assert clean_up(files) == 2
         for name in ("child", "worker"):
             wait_for_end(left_behind[name].pid, DEADLINE_S)
-        assert clean_up(places) == 0
+        assert clean_up(files) == 0

@@ -18,11 +18,14 @@ pytestmark = pytest.mark.needs("linux")
 ROOT = Path(__file__).resolve().parents[4]
 DEADLINE_S = 20.0
 # Writes its id, then for each order a line; ends with code 5 after the second order, or with 6 when there are no more.
+# Leaves a file where the process behind goes on after its work.
 PROGRAM = """
 import os, sys
 from pathlib import Path
 from cluster.errors import ConfigError
 from cluster.operate.foreground import run_behind
+
+FRONT = os.getpid()
 
 def work(orders):
     log = Path(sys.argv[1])
@@ -38,7 +41,12 @@ def work(orders):
         log.with_suffix(".order").touch()
     return 5
 
-sys.exit(run_behind(work))
+try:
+    code = run_behind(work)
+finally:
+    if os.getpid() != FRONT:
+        Path(sys.argv[1]).with_suffix(".after").touch()
+sys.exit(code)
 """
 
 
@@ -96,3 +104,18 @@ def test_an_error_is_one_line(tmp_path: Path) -> None:
     with _start(tmp_path / "log", "refuse") as front:
         assert front.communicate(timeout=DEADLINE_S)[1] == "Error: not like that\n"
         assert front.returncode == 1
+
+
+def test_the_process_behind_ends_when_nobody_is_left_to_hear_of_it(tmp_path: Path) -> None:
+    """The foreground was killed, and who read its output is gone: neither keeps it from ending, with its exit code."""
+    log = tmp_path / "log"
+    with _start(log) as front:
+        _wait_for(log)
+        behind = int(log.read_text())
+        assert front.stderr is not None
+        front.stderr.close()
+        front.kill()
+        front.wait(DEADLINE_S)
+        _wait_for(log.with_suffix(".end"))
+        wait_for_end(behind, DEADLINE_S)
+    assert not log.with_suffix(".after").exists()

@@ -14,10 +14,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cluster.control.launch import PACKAGES
-from cluster.protocol import ClusterStatus, WorkerRecord
+from cluster.environment import PACKAGES
 from cluster.store import open_store
+from cluster.store.records import ClusterStatus, WorkerRecord
 from tests.support.redis_server import RedisServer
+from tests.support.secret_places import look_at, variables
 from tests.support.signals import send
 
 pytestmark = pytest.mark.needs("redis", "demo", "linux")
@@ -46,7 +47,7 @@ class _Pods:
             "TOKEN": "a token",
         }
         self.environment = os.environ | {f"FORETOKEN_{name}": value for name, value in ours.items()}
-        self.environment["PYTHONPATH"] = str(PACKAGES)
+        self.environment |= {"PYTHONPATH": str(PACKAGES), "HF_TOKEN": "the hub's", "REDIS_PASSWORD": "the store's"}
 
     def start(self, name: str, *arguments: str) -> None:
         command = (sys.executable, "-P", "-m", "cluster.cli", "cluster", *arguments)
@@ -122,6 +123,12 @@ def test_pods_register_are_led_and_come_back(pods: _Pods) -> None:
     pods.start("expert", "worker", "expert", "--name", "demo-expert-0", "--node", "node-b")
     first = pods.until_well()
     assert first["expert-0"].node_id == "node-b"
+    for record in first.values():
+        process = look_at(record.pid)
+        assert process is not None
+        assert "workers.server" in process.command
+        held = {name for name in variables(process) if name.startswith("FORETOKEN_")}
+        assert held | {"HF_TOKEN", "REDIS_PASSWORD"} & variables(process).keys() == set()
 
     os.kill(first["expert-0"].pid, signal.SIGKILL)
     second = pods.until_well(first["expert-0"].worker_id)

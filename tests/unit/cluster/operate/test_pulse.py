@@ -1,16 +1,34 @@
-"""A worker that does not answer is killed; one that answers late, or was started anew, is not."""
+"""A worker that does not answer is killed; one that answers late, or was started anew, is not. So is a still loop."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
+import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
-from cluster.operate.pulse import watch_pulse
+from cluster.operate import pulse
+from cluster.operate.children import Child
+from cluster.operate.pulse import Pulse, end_without_beat, watch_pulse
 
 PATIENCE_S = 0.4
 BOUND_S = 10.0
+CHILD_BOUND_S = 60.0
+# It beats, until a line tells it to stand still.
+BEATING = """
+import pathlib, sys, time
+from cluster.operate.pulse import Pulse
+pulse, still = Pulse(pathlib.Path(sys.argv[1])), pathlib.Path(sys.argv[2])
+while not still.exists():
+    pulse.beat()
+    time.sleep(0.05)
+still.unlink()
+time.sleep(600)
+"""
 
 
 async def _watch_until(
@@ -107,3 +125,147 @@ def test_a_worker_that_is_not_ready_is_not_asked() -> None:
         return num_asked
 
     assert asyncio.run(run()) == 0
+
+
+def test_a_beat_is_the_files_time_and_its_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "BEAT_S", 0.0)
+    path = tmp_path / "pulse"
+    beating = Pulse(path)
+    for _ in range(2):  # also after it was taken away
+        beating.beat()
+        beating.beat()
+        assert path.read_text() == str(os.getpid())
+        os.utime(path, (1.0, 1.0))
+        beating.beat()
+        assert path.stat().st_mtime > 1.0
+        path.unlink()
+        beating.beat()
+    Pulse(None).beat()
+
+
+def test_beats_are_few(tmp_path: Path) -> None:
+    path = tmp_path / "pulse"
+    beating = Pulse(path)
+    beating.beat()
+    os.utime(path, (1.0, 1.0))
+    beating.beat()
+    assert path.stat().st_mtime == 1.0
+
+
+def test_a_pulse_that_cannot_be_written_is_told_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    beating = Pulse(tmp_path / "none" / "pulse")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pulse, "BEAT_S", 0.0)
+        for _ in range(3):
+            beating.beat()
+    assert len(caplog.records) == 1
+
+
+def test_it_beats_during_a_step_with_a_deadline_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "BEAT_S", 0.01)
+    path = tmp_path / "pulse"
+
+    async def run() -> int:
+        async def step() -> int:
+            for _ in range(3):
+                while not path.exists():
+                    await asyncio.sleep(0.001)
+                path.unlink()
+            return 7
+
+        async def fails() -> int:
+            raise KeyError("it fails")
+
+        with pytest.raises(KeyError):
+            await Pulse(path).during(fails())
+        return await Pulse(path).during(step())
+
+    assert asyncio.run(asyncio.wait_for(run(), BOUND_S)) == 7
+
+
+@pytest.fixture
+def child(tmp_path: Path) -> Child:
+    command = (sys.executable, "-c", BEATING, str(tmp_path / "pulse"), str(tmp_path / "still"))
+    return Child("it", command, os.environ, tmp_path / "it.log")
+
+
+async def _until(what: Callable[[], bool]) -> None:
+    async with asyncio.timeout(CHILD_BOUND_S):
+        while not what():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.needs("linux")
+def test_a_process_whose_loop_stands_still_is_killed_and_started_anew(child: Child, tmp_path: Path) -> None:
+    path = tmp_path / "pulse"
+
+    async def run() -> None:
+        child.start()
+        tasks = [asyncio.create_task(child.keep_up()), asyncio.create_task(end_without_beat(child, path, 3.0))]
+        first = child.pid
+        await _until(path.exists)
+        began = time.monotonic()
+        before = path.stat().st_mtime_ns
+        await _until(lambda: path.stat().st_mtime_ns != before)
+        (tmp_path / "still").touch()
+        await _until(lambda: child.pid not in (None, first))
+        assert time.monotonic() - began > 2.0
+        second = child.pid
+        await _until(lambda: path.read_text() == str(second))
+        await child.stop()
+        tasks[1].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert child.pid is None
+
+    asyncio.run(run())
+
+
+@pytest.mark.needs("linux")
+@pytest.mark.parametrize("begins", [True, False], ids=["is-to-end", "has-not-begun"])
+def test_one_that_is_to_end_or_has_yet_to_begin_is_left_alone(
+    child: Child, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begins: bool
+) -> None:
+    looks = 0
+
+    class _Path(type(tmp_path)):  # type: ignore[misc]
+        def read_text(self, *arguments: object, **named: object) -> str:
+            nonlocal looks
+            looks += 1
+            return str(super().read_text(*arguments, **named))
+
+    killed = []
+    monkeypatch.setattr(Child, "kill", lambda self: killed.append(self.pid))
+    path = _Path(tmp_path / "pulse")
+    path.write_text("1")  # another process's
+
+    async def run() -> None:
+        child.start()
+        if begins:
+            child.give_up()
+        watching = asyncio.create_task(end_without_beat(child, path, PATIENCE_S))
+        began = time.monotonic()
+        await _until(lambda: looks > 2 * pulse.LOOKS or (begins and time.monotonic() - began > 2 * PATIENCE_S))
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await child.stop()
+
+    (tmp_path / "still").touch()
+    asyncio.run(run())
+    assert killed == []
+    assert (looks == 0) == begins
+
+
+@pytest.mark.needs("linux")
+def test_one_that_never_begins_is_killed(child: Child, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "BEGIN_S", PATIENCE_S)
+    (tmp_path / "still").touch()
+
+    async def run() -> None:
+        child.start()
+        watching = asyncio.create_task(end_without_beat(child, tmp_path / "pulse", PATIENCE_S))
+        await _until(lambda: child.pid is None)
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await child.stop()
+
+    asyncio.run(run())

@@ -37,12 +37,17 @@ def test_nodes_are_called_as_in_the_topology_of_this_machine(num_nodes: int) -> 
 
 def test_a_node_has_its_token_and_nothing_of_ours_or_of_another_ray() -> None:
     environment = _environment(
-        FORETOKEN_TOKEN="ours", RAY_ADDRESS="other:1", RAY_AUTH_TOKEN="other", RAY_health_check_period_ms="5", HOME="/h"
+        FORETOKEN_TOKEN="ours",
+        HF_TOKEN="the hub's",
+        RAY_ADDRESS="other:1",
+        RAY_AUTH_TOKEN="other",
+        RAY_health_check_period_ms="5",
+        HOME="/h",
     )
     assert (environment["RAY_AUTH_MODE"], environment["RAY_AUTH_TOKEN"]) == ("token", TOKEN)
     assert (environment["HOME"], environment["MARK"]) == ("/h", "m")
     assert environment["RAY_health_check_period_ms"] == "5"  # how Ray is tuned stays
-    assert not {"FORETOKEN_TOKEN", "RAY_ADDRESS"} & set(environment)
+    assert not {"FORETOKEN_TOKEN", "HF_TOKEN", "RAY_ADDRESS"} & set(environment)
 
 
 def test_a_node_that_was_not_started_is_not_there(tmp_path: Path) -> None:

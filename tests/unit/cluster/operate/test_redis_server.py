@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from cluster.errors import ConfigError, StoreUnavailableError
 from cluster.operate.children import Child
@@ -28,9 +29,9 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def redis(folder: Path) -> Iterator[tuple[Child, str]]:
-    child, url = redis_child(folder, PASSWORD, folder / "redis.log", os.environ)
+    child, url = redis_child(folder, SecretStr(PASSWORD), folder / "redis.log", os.environ)
     _start(child, folder)
-    yield child, url
+    yield child, url.get_secret_value()
     child.end_session()
 
 
@@ -76,5 +77,7 @@ def test_it_wants_its_password_which_nobody_can_see(redis: tuple[Child, str], fo
 
 def test_without_the_program_it_says_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(folder))
-    with pytest.raises(ConfigError, match=r"apt-get install redis-server.*--store redis://"):
-        redis_child(folder, PASSWORD, folder / "redis.log", os.environ)
+    with pytest.raises(
+        ConfigError, match=r"apt-get install redis-server.*FORETOKEN_STORE or the config file: store: redis://"
+    ):
+        redis_child(folder, SecretStr(PASSWORD), folder / "redis.log", os.environ)

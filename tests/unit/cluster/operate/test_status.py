@@ -9,13 +9,16 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from pydantic import SecretStr
 
 from cluster.config import Settings, load
 from cluster.operate import status as status_command
-from cluster.operate.show import STATUS, node_rows, work_per_s, worker_rows
+from cluster.operate.show import node_rows, print_status, work_per_s, worker_rows
 from cluster.operate.status import as_text
-from cluster.protocol import ClusterStatus, EngineState, NodeStatus, WorkerStatus
+from cluster.protocol import EngineState
 from cluster.store import open_store
+from cluster.store.records import STALE_S, STATUS_KEY, ClusterStatus, NodeStatus, WorkerStatus
+from cluster.store.redis import RedisStore
 from tests.support.redis_server import RedisServer
 
 GIB = 2**30
@@ -81,7 +84,7 @@ def test_without_a_cluster_it_says_so(settings: Settings, capsys: pytest.Capture
 
 
 def test_a_store_that_is_gone_is_an_answer(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
-    lost = settings.model_copy(update={"store": "unix:///nowhere/redis.sock"})
+    lost = settings.model_copy(update={"store": SecretStr("unix:///nowhere/redis.sock")})
     assert status_command.run(lost, as_json=True) == 1
     assert "the store (Redis) cannot be used" in capsys.readouterr().out
 
@@ -113,13 +116,13 @@ def led(redis: RedisServer, settings: Settings) -> Iterator[Settings]:
         while not ended.is_set():
             passed_s = time.monotonic() - began
             value = msgspec.json.encode(_status(time.time(), int(50 * passed_s), problem="expert-0 is lost"))
-            version = await store.compare_and_set(STATUS, value, expected=version) or version
+            version = await store.compare_and_set(STATUS_KEY, value, expected=version) or version
             await asyncio.sleep(0.1)
         await store.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(write()))
     thread.start()
-    yield settings.model_copy(update={"store": redis.url})
+    yield settings.model_copy(update={"store": SecretStr(redis.url)})
     ended.set()
     thread.join()
 
@@ -135,3 +138,27 @@ def test_it_shows_what_the_controller_wrote(led: Settings, capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert "one serves demo" in shown
     assert "problem: expert-0 is lost" in shown
+
+
+@pytest.mark.needs("redis")
+@pytest.mark.parametrize("value", [b"{", b"\xff", b"[]", b'{"cluster":1}'])
+def test_a_status_of_another_release_is_an_answer(
+    redis: RedisServer, settings: Settings, capsys: pytest.CaptureFixture[str], value: bytes
+) -> None:
+    async def write() -> None:
+        async with RedisStore(redis.url, namespace="one") as store:
+            await store.compare_and_set(STATUS_KEY, value, expected=0)
+
+    asyncio.run(write())
+    assert status_command.run(settings.model_copy(update={"store": SecretStr(redis.url)}), as_json=False) == 1
+    assert (
+        "one: the store's status/cluster cannot be read, run all of the cluster from one release"
+        in capsys.readouterr().out
+    )
+
+
+def test_an_old_status_is_shown_with_its_age(capsys: pytest.CaptureFixture[str]) -> None:
+    print_status(_status(10.0, 0), {}, None, age_s=STALE_S - 0.1)
+    assert "s old" not in capsys.readouterr().out
+    print_status(_status(10.0, 0), {}, None, age_s=STALE_S + 0.1)
+    assert "this is 5 s old: the controller does not write" in capsys.readouterr().out

@@ -20,7 +20,15 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_children_get_the_same_settings_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load(
-        {"home": tmp_path, "kv_cache_bytes": "64MiB", "prefix_cache": False, "local": 3, "token": "s", "lease_s": 0.5}
+        {
+            "home": tmp_path,
+            "kv_cache_bytes": "64MiB",
+            "prefix_cache": False,
+            "local": 3,
+            "token": "s",
+            "lease_s": 0.5,
+            "store": "redis://h:1/0",
+        }
     )
     for name, value in up.settings_environment(settings).items():
         monkeypatch.setenv(name, value)

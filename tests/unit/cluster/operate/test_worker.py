@@ -11,15 +11,15 @@ from cluster.operate import controller, worker
 
 
 @pytest.mark.parametrize(
-    ("role", "name", "place"),
+    ("role", "pod_name", "name"),
     [
         ("expert", "expert-0", "expert-0"),
         ("expert", "foretoken-expert-12", "expert-12"),
         ("attention", "a-b-attention-3", "attention-3"),
     ],
 )
-def test_a_pods_name_ends_with_its_place(role: str, name: str, place: str) -> None:
-    assert worker.place_of(role, name) == place
+def test_a_pods_name_ends_with_its_workers(role: str, pod_name: str, name: str) -> None:
+    assert worker.name_of(role, pod_name) == name
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_a_pods_name_ends_with_its_place(role: str, name: str, place: str) -> No
 )
 def test_another_name_is_refused(role: str, name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        worker.place_of(role, name)
+        worker.name_of(role, name)
 
 
 def test_where_others_reach_it_is_as_told_or_as_it_listens_or_as_found() -> None:

@@ -1,0 +1,36 @@
+"""How long something has said nothing, and from when on that means something. Counted in leases (`lease_s`).
+
+After one lease a worker counts as lost: what it did is given to others, what it does is not waited for. What stands in
+the store under a lease lasts for `LASTING_LEASES`: writes may be late, and the store slow. After `HUNG_LEASES` a
+process that is there and says nothing hangs, and is killed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+LASTING_LEASES = 3
+HUNG_LEASES = 5
+
+
+class ListeningTime:
+    """Time in which somebody listened, looking about every `look_s`.
+
+    Of a look that comes late little counts, and only at the next one: what was said meanwhile is yet to be read, and
+    where the whole machine stood still, whoever is listened to could say nothing either.
+    """
+
+    def __init__(self, look_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most_s = 2 * look_s
+        self._clock = clock
+        self._looked_at = clock()
+        self._late_s = 0.0  # of the last look, where that came late
+
+    def passed_s(self) -> float:
+        """What has come to count since the last look."""
+        before, self._looked_at = self._looked_at, self._clock()
+        passed_s, is_late = self._looked_at - before, self._looked_at - before > self._most_s
+        counts_s = self._late_s + (0.0 if is_late else passed_s)
+        self._late_s = self._most_s if is_late else 0.0
+        return counts_s
