@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 import msgspec
 
-from cluster.channel import CHANNEL_OPTIONS, call_metadata
+from cluster.channel import CHANNEL_OPTIONS, call_metadata, end_tasks
 from cluster.protocol import (
     CONTROL_METHOD,
     Assign,
@@ -25,7 +25,6 @@ from cluster.protocol import (
 logger = logging.getLogger(__name__)
 
 RECONNECT_S = 0.1
-CLOSE_RETRY_S = 0.5  # grpc can lose a cancellation that meets the end of a call
 REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION)
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -74,9 +73,8 @@ class ControlClient:
         self._has_order.set()
 
     async def close(self) -> None:
-        while self._task is not None and not self._task.done():
-            self._task.cancel()
-            await asyncio.wait({self._task}, timeout=CLOSE_RETRY_S)
+        if self._task is not None:
+            await end_tasks([self._task])
         self._task = None
 
     async def _keep_open(self) -> None:
@@ -112,9 +110,7 @@ class ControlClient:
                     if not task.cancelled():  # by grpc, as it ends a call
                         task.result()
             finally:
-                for task in both:
-                    task.cancel()
-                await asyncio.gather(*both, return_exceptions=True)
+                await end_tasks(both)
                 call.cancel()
 
     async def _read(self, call: Any) -> WorkerReport | None:

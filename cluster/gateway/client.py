@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 import msgspec
 
-from cluster.channel import CHANNEL_OPTIONS, call_metadata
+from cluster.channel import CHANNEL_OPTIONS, call_metadata, end_tasks
 from cluster.protocol import (
     PROTOCOL_VERSION,
     STATE_METHOD,
@@ -30,7 +30,6 @@ from cluster.silence import ListeningTime
 
 logger = logging.getLogger(__name__)
 
-CANCEL_RETRY_S = 0.5  # grpc can lose a cancellation that meets the end of a call
 LEASE_CHECKS = 8  # looks at a silent worker within its lease
 REFUSED = (
     grpc.StatusCode.UNAUTHENTICATED,
@@ -109,9 +108,8 @@ class WorkerClient:
 
     async def close(self) -> None:
         """Leave the worker; it aborts what it still has of ours."""
-        while self._task is not None and not self._task.done():
-            self._task.cancel()
-            await asyncio.wait({self._task}, timeout=CANCEL_RETRY_S)
+        if self._task is not None:
+            await end_tasks([self._task])
         self._task = None
 
     @property
@@ -192,12 +190,7 @@ class WorkerClient:
             finally:
                 self._hello = None
                 self._channel = None
-                while tasks:
-                    for task in tasks:
-                        task.cancel()
-                    done, tasks = await asyncio.wait(tasks, timeout=CANCEL_RETRY_S)
-                    for task in done:
-                        _error_of(task)  # asked for, so that asyncio does not complain
+                await end_tasks(tasks)
 
     def _lose(self, ended: asyncio.Task[None]) -> None:
         """Tell why the connection is over, and whom it concerns."""
