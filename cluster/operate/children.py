@@ -62,13 +62,13 @@ class Child:
         return "\n".join([line for line in self.output.splitlines() if line.strip()][-TAIL_LINES:])
 
     def start(self) -> None:
-        """Raises `WorkerLostError` where there is no such program."""
-        with contextlib.suppress(FileNotFoundError):
-            if self.log_path.stat().st_size > MAX_LOG_BYTES:
-                self.log_path.replace(self.log_path.with_name(f"{self.log_path.name}.1"))
-        with self.log_path.open("ab") as log:
-            self.log_start = os.fstat(log.fileno()).st_size
-            try:
+        """Raises `WorkerLostError` where there is no such program, or no room for its log."""
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                if self.log_path.stat().st_size > MAX_LOG_BYTES:
+                    self.log_path.replace(self.log_path.with_name(f"{self.log_path.name}.1"))
+            with self.log_path.open("ab") as log:
+                self.log_start = os.fstat(log.fileno()).st_size
                 self._process = subprocess.Popen(
                     self.command,
                     stdin=subprocess.PIPE,
@@ -77,8 +77,8 @@ class Child:
                     env=dict(self.environment),
                     start_new_session=True,
                 )
-            except OSError as error:
-                raise WorkerLostError(f"{self.name} cannot be started: {error}") from None
+        except OSError as error:
+            raise WorkerLostError(f"{self.name} cannot be started: {error}") from None
         assert self._process.stdin is not None
         if self.stdin:
             with contextlib.suppress(BrokenPipeError):

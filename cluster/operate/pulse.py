@@ -155,7 +155,7 @@ async def watch_pulse(
             await asyncio.sleep(pause_s)
             silent_s += listening.passed_s()
             if answer is not None and answer.done():
-                if answer.result():
+                if not answer.cancelled() and answer.result():  # grpc may cancel a call by itself: that is no answer
                     silent_s = 0.0
                 answer = None
             if asked is not None and asked == pid() and silent_s >= patience_s:

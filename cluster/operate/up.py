@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -52,6 +52,7 @@ from cluster.store.records import ClusterStatus, read_lead, read_status
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
+RETRY_S = 1.0  # after a fault of our own
 SECRET_BYTES = 32
 FOLDER_PREFIX = "ft-"  # short: sockets lie below it
 
@@ -122,9 +123,9 @@ class _Supervisor:
         loop.add_reader(orders, self._take_order, orders)
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
-        clean_up(self._files)
         store: Store | None = None
         try:
+            clean_up(self._files)
             begun = asyncio.create_task(self._begin())
             stopped = asyncio.create_task(self._stop.wait())
             await asyncio.wait({begun, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -135,8 +136,8 @@ class _Supervisor:
                 return 0
             store, status = await begun
             announce(status, self._url, self._settings, self._files.logs, time.monotonic() - started)
-            keepers = [asyncio.create_task(child.keep_up()) for child in self._children]
-            pulse = asyncio.create_task(self._watch_controller())
+            keepers = [asyncio.create_task(self._go_on(child.keep_up)) for child in self._children]
+            pulse = asyncio.create_task(self._go_on(self._watch_controller))
             await stopped
             logger.info(
                 "stopping: what runs may take %g s more; a second signal ends at once", self._settings.drain_timeout_s
@@ -152,6 +153,15 @@ class _Supervisor:
             if not self._is_at_once:
                 await self._stop_all()
             self._end()
+
+    async def _go_on(self, run: Callable[[], Awaitable[None]]) -> None:
+        """Whatever went wrong, a part of this command never ends unseen while the others go on."""
+        while True:
+            try:
+                return await run()
+            except Exception:
+                logger.exception("a part of this command failed; it goes on")
+            await asyncio.sleep(RETRY_S)
 
     async def _watch_controller(self) -> None:
         """Another one takes over from one that hangs before the workers miss it."""

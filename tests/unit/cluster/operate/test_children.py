@@ -113,6 +113,12 @@ def test_a_program_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         Child("it", (str(tmp_path / "none"),), {}, tmp_path / "it.log").start()
 
 
+def test_a_log_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    one = Child(name="one", command=["true"], environment={}, log_path=tmp_path / "none" / "one.log")
+    with pytest.raises(WorkerLostError, match="one cannot be started"):
+        one.start()
+
+
 def test_what_it_reads_is_not_on_its_command_line(child: Callable[..., Child]) -> None:
     one = child("import sys; print(len(sys.stdin.read()))", stdin=b"secret")
     one.start()
