@@ -58,12 +58,16 @@ def serve(pipe: Connection) -> None:
         try:
             if name.startswith("bare"):
                 group = bare_pair(offer.port, name, 0)
-                rows = torch.empty(num_rows, HIDDEN)
+                wait = timedelta(seconds=WAIT_S)
+                rows, spare = torch.empty(num_rows, HIDDEN), torch.empty(num_rows, HIDDEN)
+                arriving = group.recv([rows], 1, 0)
                 while True:
-                    group.recv([rows], 1, 0).wait(timedelta(seconds=WAIT_S))
+                    arriving.wait(wait)
                     if rows[0, 0] < 0:
                         break
-                    group.send([rows], 1, 0).wait(timedelta(seconds=WAIT_S))
+                    arriving = group.recv([spare], 1, 0)
+                    group.send([rows], 1, 0).wait(wait)
+                    rows, spare = spare, rows
             else:
                 link = server.accept(name)
                 while True:
@@ -138,8 +142,9 @@ def round_trips(peer: EchoPeer, num_rows: int, effort: Effort) -> tuple[float, f
         pair = peer.bare(num_rows)
 
         def ask_bare(pair: dist.ProcessGroupGloo = pair) -> None:
+            arriving = pair.recv([back], 0, 0)  # there before it comes, as a link has it
             pair.send([rows], 0, 0).wait(wait)
-            pair.recv([back], 0, 0).wait(wait)
+            arriving.wait(wait)
 
         over_pair.append(median_s(ask_bare, effort.trips))
         pair.send([torch.full((num_rows, HIDDEN), -1.0)], 0, 0).wait(wait)

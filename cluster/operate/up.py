@@ -52,6 +52,7 @@ from cluster.store.records import ClusterStatus, read_lead, read_status
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
+SAME_SIGNAL_S = 0.5  # one order may come twice: `timeout` signals its child, then the child's whole group
 RETRY_S = 1.0  # after a fault of our own
 SECRET_BYTES = 32
 FOLDER_PREFIX = "ft-"  # short: sockets lie below it
@@ -111,6 +112,7 @@ class _Supervisor:
         self._run_id = secrets.token_hex(8)
         self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=_short_folder()))
         self._stop = asyncio.Event()
+        self._stopped_at = 0.0
         self._is_at_once = False
         self._children: list[Child] = []
         self._mark = {MARK: self._run_id}
@@ -177,10 +179,13 @@ class _Supervisor:
         self._stop.set()
 
     def _on_signal(self) -> None:
-        if self._stop.is_set():
+        now = time.monotonic()
+        if not self._stop.is_set():
+            self._stop.set()
+            self._stopped_at = now
+        elif now - self._stopped_at > SAME_SIGNAL_S:
             self._is_at_once = True
             raise SystemExit(EXIT_AT_ONCE)  # out of the event loop
-        self._stop.set()
 
     def _end(self) -> None:
         """Whatever is left of this cluster on this machine ends now."""
