@@ -16,7 +16,9 @@ RAY_PREFIX = "RAY_"
 MARK = "FORETOKEN_RUN_ID"  # in every process that comes of one supervisor, by which leftovers are found
 # Other programs' secrets, which a process of ours has no use for: by their name, or a password within an address.
 SECRET_NAME = re.compile(
-    r"(?:^|_)(?:TOKENS?|KEYS?|AUTH|CREDENTIALS?|PASS)(?:_|$)|_PWD(?:_|$)|PASSW(?:OR)?D|SECRET", re.IGNORECASE
+    r"(?:^|_)(?:KEYS?|AUTH|CREDENTIALS?|PASS|PAT|JWT)(?:_|$)|TOKENS?(?:_|$)|_PWD(?:_|$)|PASS(?:W(?:OR)?D|PHRASE|FILE)"
+    r"|SECRET|APIKEY|CONNECTION_STRING|COOKIE|WEBHOOK",
+    re.IGNORECASE,
 )
 SECRET_VALUE = re.compile(r"://[^/?#@\s]*:[^@\s]+@")
 

@@ -243,14 +243,13 @@ def main(argv: list[str] | None = None) -> int:
     if options.quick and kills > len(QUICK):
         say(f"{kills} kills take longer than the minute of --quick, which is for {len(QUICK)}")
     tallies = {kind.name: Tally() for kind in KINDS}
+    end: str | None = None
     try:
         run(options, tallies, say)
     except (BenchError, ForetokenError) as error:
-        for name, tally in tallies.items():
-            if tally.kills or tally.faults:
-                say(f"until then, {name}: {tally.kills} kills; {', '.join(tally.faults) or 'all tokens equal'}")
-        say(f"Error: {error}", "red")
-        return 1
+        end = f"Error, after which no more was killed: {error}"
+        for tally in tallies.values():
+            tally.reason = tally.reason or "the run ended before"
     measured = rows(tallies)
     print_table([row for row in measured if row.value is not None or row.metric == COUNTED])
     if options.json_path is not None:
@@ -258,7 +257,9 @@ def main(argv: list[str] | None = None) -> int:
     faults = [f"{name}: {fault}" for name, tally in tallies.items() for fault in tally.faults]
     for fault in faults:
         say(fault, "bold red")
-    return 1 if faults else 0
+    if end is not None:
+        say(end, "bold red")
+    return 1 if faults or end is not None else 0
 
 
 if __name__ == "__main__":

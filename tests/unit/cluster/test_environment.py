@@ -31,6 +31,8 @@ def test_it_has_what_it_is_given_and_its_supervisors_mark() -> None:
     [
         *("HF_TOKEN", "REDIS_PASSWORD", "REDISCLI_AUTH", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "PGPASSWORD"),
         *("OPENAI_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "MYSQL_PWD", "db_pass", "SSH_AUTH_SOCK", "npm_token"),
+        *("OPENAI_APIKEY", "GPG_PASSPHRASE", "ACCESSTOKEN", "GH_PAT", "AZURE_STORAGE_CONNECTION_STRING", "PGPASSFILE"),
+        *("SESSION_COOKIE", "SLACK_WEBHOOK_URL", "JWT"),
     ],
 )
 def test_secrets_of_others_are_known_by_their_names(name: str) -> None:
@@ -47,7 +49,7 @@ def test_a_password_within_an_address_is_found_whatever_the_name(value: str) -> 
     [
         *(("TOKENIZERS_PARALLELISM", "false"), ("PWD", "/w"), ("OLDPWD", "/o"), ("OMP_NUM_THREADS", "2")),
         *(("http_proxy", "http://proxy:3128"), ("HF_ENDPOINT", "https://hub:8443/a"), ("LD_PRELOAD", "/a:/b")),
-        *(("CUDA_VISIBLE_DEVICES", "0"), ("XAUTHORITY", "/x"), ("KEYBOARD", "de")),
+        *(("CUDA_VISIBLE_DEVICES", "0"), ("XAUTHORITY", "/x"), ("KEYBOARD", "de"), ("PATH", "/b"), ("JAVA_PATH", "/j")),
     ],
 )
 def test_what_is_no_secret_stays(name: str, value: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from loadtests.cluster_process import LocalCluster
 from loadtests.faults import KINDS
 from loadtests.kill import QUICK, TRIES, Options, Tally, kill_once, main, rows
 from loadtests.kill_round import Round
+from loadtests.processes import BenchError
 from loadtests.report import as_json
 from loadtests.token_streams import Difference
 
@@ -158,6 +160,19 @@ def test_as_many_kills_are_done_as_were_asked_for(
     assert seen[0].kills == kills
     assert {kind.name for kind in seen[0].kinds} == set(QUICK if seen[0].quick else [kind.name for kind in KINDS])
     assert ("take longer than the minute" in capsys.readouterr().err) == is_told
+
+
+def test_what_was_measured_before_a_run_broke_off_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(_options: Options, tallies: dict[str, Tally], _say: object) -> None:
+        tallies["expert"].add(GOOD)
+        raise BenchError("the cluster was not whole in time")
+
+    monkeypatch.setattr(kill, "run", run)
+    path = tmp_path / "kill.json"
+    assert main(["--json", str(path)]) == 1
+    found = {(row["case"], row["metric"]): row for row in json.loads(path.read_text())}
+    assert found["expert", "kills"]["value"] == 1
+    assert found["redis", "kills"]["reason"] == "the run ended before"
 
 
 def test_it_runs_as_a_file(tmp_path: Path) -> None:
