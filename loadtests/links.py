@@ -25,6 +25,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from cluster.errors import PeerLostError
+from loadtests.processes import BenchError
 from loadtests.report import Row, print_table, write_json
 from workers.experts.exchange import GlooLink, LinkServer, connect_link
 from workers.experts.frame import TensorSpec
@@ -93,6 +94,9 @@ class EchoPeer:
         self._pipe, there = context.Pipe()
         self._process = context.Process(target=serve, args=(there,), daemon=True)
         self._process.start()
+        there.close()  # so that the end of the process is the end of the pipe
+        if not self._pipe.poll(WAIT_S):
+            raise BenchError("the other process did not begin in time")
         self.offer = self._pipe.recv()
 
     def link(self, num_rows: int) -> GlooLink:

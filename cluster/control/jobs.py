@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable, Coroutine, Hashable
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +61,7 @@ class Jobs:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _begin(self, key: Hashable, run: Callable[[], Awaitable[object]]) -> None:
-        async def job() -> None:
-            await run()
-
+    def _begin(self, key: Hashable, job: Callable[[], Coroutine[Any, Any, None]]) -> None:
         if key not in self._tasks:
             task = self._tasks[key] = asyncio.get_running_loop().create_task(job())
             # Not within the job: one that is cancelled before its first step never runs a line of it.

@@ -40,7 +40,9 @@ class PeerLink(Protocol):
         """
 
     def close(self) -> None:
-        """Break the link; the peer's waits end with an error."""
+        """Break the link; the peer's waits end with an error. A wait of ours under way on another thread keeps the
+        connection until it ends.
+        """
 
 
 class GlooLink:

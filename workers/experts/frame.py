@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-FRAME_BYTES = 1024 << 10  # a decode step's rows fit; to copy so much takes less time than a message of its own
+FRAME_BYTES = 1 << 20  # a decode step's rows fit; to copy so much takes less time than a message of its own
 HEAD_BYTES = 16
 ALIGN_BYTES = 8
 
