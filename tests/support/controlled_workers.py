@@ -42,6 +42,7 @@ class ControlledWorker:
         self._token = token
         self._heartbeat_s = heartbeat_s
         self._server: grpc.aio.Server | None = None
+        self._stopped: asyncio.Future[None] | None = None
         self._session: object = None
         self._changed = asyncio.Event()
 
@@ -56,8 +57,13 @@ class ControlledWorker:
 
     async def kill(self) -> None:
         self.is_running = False
-        if self._server is not None:
-            await self._server.stop(None)
+        if self._server is None:
+            return
+        if self._stopped is None:
+            self._stopped = asyncio.ensure_future(self._server.stop(None))
+        # A controller that is cancelled in the middle of ending this worker must not cancel the end itself:
+        # grpc's servers share one future among all who stop them, and the next would find it cancelled.
+        await asyncio.shield(self._stopped)
 
     def obey(self, lead: Lead) -> None:
         """As if that controller had been here."""
