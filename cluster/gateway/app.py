@@ -14,7 +14,6 @@ from cluster.errors import ForetokenError
 from cluster.gateway.capabilities import capabilities
 from cluster.gateway.dashboard import page_routes
 from cluster.gateway.middleware import RequestContext
-from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest
 from cluster.gateway.pool import WorkerPool
 from cluster.gateway.replies import JSONBytes, error_response, openai_error
 from cluster.gateway.service import Gateway, model_not_found
@@ -73,12 +72,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 @router.post("/v1/completions")
 async def completions(request: Request) -> Response:
-    return await _gateway(request).reply(request, CompletionRequest)
+    return await _gateway(request).reply(request, _gateway(request).completions)
 
 
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
-    return await _gateway(request).reply(request, ChatCompletionRequest)
+    return await _gateway(request).reply(request, _gateway(request).chat_completions)
 
 
 @router.get("/v1/models")

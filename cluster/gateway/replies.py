@@ -1,4 +1,4 @@
-"""Whole replies: a job's outputs merged into one JSON body, and errors in OpenAI's shape."""
+"""Whole replies: a job's outputs, gathered; JSON responses, and errors in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from starlette.responses import Response
 
 from cluster.errors import EngineError, ForetokenError
 from cluster.gateway.generation import Generation
-from cluster.gateway.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
-from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest
 from cluster.gateway.submit import Job
-from cluster.gateway.tokenize import TextTokenizer
 from cluster.gateway.usage import Usage
 from cluster.protocol import Finish, RequestOutput, TokenLogprobs
 
@@ -52,30 +49,15 @@ def openai_error(message: str, *, kind: str, code: str, param: str | None = None
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-async def complete_body(generation: Generation, job: Job, tokenizer: TextTokenizer) -> dict[str, Any]:
-    """Read `generation` to its end. Raises what ended it early."""
+async def read_all(generation: Generation, job: Job) -> tuple[list[RequestOutput], Usage]:
+    """Read `generation` to its end: each choice's outputs merged into one. Raises what ended it early."""
     usage = Usage(job)
     merged = [_Merged() for _ in job.submits]
     while outputs := await generation.read():
         for choice, output in outputs:
             usage.add(choice, output)
             merged[choice].add(output)
-    request = job.request
-    if isinstance(request, CompletionRequest):
-        kind = "text_completion"
-        choices = [_completion_choice(job, request, tokenizer, i, item.output()) for i, item in enumerate(merged)]
-    else:
-        assert isinstance(request, ChatCompletionRequest)
-        kind = "chat.completion"
-        choices = [_chat_choice(job, request, i, item.output()) for i, item in enumerate(merged)]
-    return {
-        "id": job.reply_id,
-        "object": kind,
-        "created": job.created,
-        "model": job.model,
-        "choices": choices,
-        "usage": usage.body(),
-    }
+    return [item.output() for item in merged], usage
 
 
 class _Merged:
@@ -106,36 +88,3 @@ class _Merged:
             prompt_logprobs=self._prompt_logprobs,
             finish=self._finish,
         )
-
-
-def _completion_choice(
-    job: Job, request: CompletionRequest, tokenizer: TextTokenizer, index: int, output: RequestOutput
-) -> dict[str, Any]:
-    echoed = job.prompt_of(index) if request.echo else None
-    logprobs = None
-    if request.logprobs is not None:
-        logprobs = CompletionLogprobs(request, tokenizer).piece(output, echoed)
-    text = output.text if echoed is None else echoed.text + output.text
-    return {"index": index, "text": text, "logprobs": logprobs, **_common(job, index, output)}
-
-
-def _chat_choice(job: Job, request: ChatCompletionRequest, index: int, output: RequestOutput) -> dict[str, Any]:
-    return {
-        "index": index,
-        "message": {"role": "assistant", "content": output.text, "refusal": None},
-        "logprobs": chat_logprobs(output.logprobs, request.top_logprobs or 0) if request.logprobs else None,
-        **_common(job, index, output),
-    }
-
-
-def _common(job: Job, index: int, output: RequestOutput) -> dict[str, Any]:
-    assert output.finish is not None, "a generation ends with each choice's finish"
-    members: dict[str, Any] = {
-        "finish_reason": output.finish.reason,
-        "stop_reason": output.finish.stop_reason,
-    }
-    if job.request.prompt_logprobs is not None:
-        members["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs or [], job.request.prompt_logprobs)
-    if job.request.return_token_ids:
-        members |= {"prompt_token_ids": list(job.prompt_of(index).ids), "token_ids": output.token_ids}
-    return members

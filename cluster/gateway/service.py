@@ -8,23 +8,27 @@ import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from cluster.errors import DeadlineError, DrainingError, InvalidValueError, ModelNotFoundError
+from cluster.errors import DeadlineError, DrainingError, ForetokenError, InvalidValueError, ModelNotFoundError
 from cluster.gateway.chat import load_template
+from cluster.gateway.dialects.base import Batch, Dialect, Events
+from cluster.gateway.dialects.chat_completions import ChatCompletions
+from cluster.gateway.dialects.completions import Completions
 from cluster.gateway.disconnect import ClientDisconnected, until_disconnect
-from cluster.gateway.fields import validate
+from cluster.gateway.fields import RequestModel, validate
 from cluster.gateway.generation import Generation
 from cluster.gateway.limits import FLUSH_S, Admission, parse_object, read_body
-from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from cluster.gateway.openai import ChatCompletionRequest, GenerationRequest
 from cluster.gateway.pool import WorkerPool
-from cluster.gateway.replies import JSONBytes, complete_body, error_response
+from cluster.gateway.replies import JSONBytes, error_response, read_all
 from cluster.gateway.settings import GatewaySettings
 from cluster.gateway.status import StatusSource
-from cluster.gateway.stream import Batch, ChatEvents, CompletionEvents, Events, EventStream
+from cluster.gateway.stream import EventStream
 from cluster.gateway.submit import (
     Job,
     Texts,
@@ -69,6 +73,8 @@ class Gateway:
         self.template = load_template(
             settings.model_path, timeout_s=settings.template_timeout_s, max_chars=settings.max_rendered_chars
         )
+        self.completions = Completions(self.tokenizer)
+        self.chat_completions = ChatCompletions()
         self.created = int(time.time())
         self._threads = Threads()
 
@@ -87,14 +93,20 @@ class Gateway:
         await self.pool.close()
         self._threads.close()
 
-    async def reply(self, request: Request, model: type[GenerationRequest]) -> Response:
+    async def reply(self, request: Request, dialect: Dialect[Any]) -> Response:
         """Answer one generation request. Raises `ForetokenError`s."""
+        try:
+            return await self._reply(request, dialect)
+        except ForetokenError as error:
+            raise dialect.in_its_words(error) from None
+
+    async def _reply(self, request: Request, dialect: Dialect[Any]) -> Response:
         arrival = time.perf_counter()
         try:
             with ExitStack() as held:
                 hold = held.enter_context(self.admission.slot())
-                checked = await self._read(request, model, hold)
-                work = self._generate(checked, held, arrival)
+                asked, checked = await self._read(request, dialect, hold)
+                work = self._generate(dialect, asked, checked, held, arrival)
                 started = await until_disconnect(request.receive, work)
                 if isinstance(started, Response):
                     return started
@@ -106,8 +118,8 @@ class Gateway:
             return error_response(ClientDisconnected("the connection ended before the whole body had come"))
 
     async def _read(
-        self, request: Request, model: type[GenerationRequest], hold: Callable[[int], None]
-    ) -> GenerationRequest:
+        self, request: Request, dialect: Dialect[Any], hold: Callable[[int], None]
+    ) -> tuple[RequestModel, GenerationRequest]:
         body = await read_body(
             request.stream(),
             length=request.headers.get("content-length"),
@@ -115,15 +127,20 @@ class Gateway:
             timeout_s=self.settings.body_timeout_s,
             hold=hold,
         )
-        check = partial(_check, body, model)
-        checked = check() if len(body) <= INLINE_BYTES else await run_in(self._threads.bodies, check)
+        check = partial(_check, body, dialect)
+        asked, checked = check() if len(body) <= INLINE_BYTES else await run_in(self._threads.bodies, check)
         if checked.model not in (None, self.settings.served_name):
             raise model_not_found(checked.model or "", self.settings.served_name)
         check_counts(checked, self.settings)
-        return checked
+        return asked, checked
 
     async def _generate(
-        self, request: GenerationRequest, held: ExitStack, arrival: float
+        self,
+        dialect: Dialect[Any],
+        asked: RequestModel,
+        request: GenerationRequest,
+        held: ExitStack,
+        arrival: float,
     ) -> Response | tuple[Generation, Events, Batch]:
         """A whole reply, or the beginning of a streamed one: its first outputs, so that an early error has a status."""
         hello = await self.pool.ready(self._time_left(arrival))
@@ -132,18 +149,19 @@ class Gateway:
                 texts = await self._encode(request, hello.max_model_len)
         except TimeoutError:
             raise self._too_late() from None
-        reply_id = f"{'chatcmpl' if isinstance(request, ChatCompletionRequest) else 'cmpl'}-{uuid.uuid4().hex}"
+        reply_id = f"{dialect.id_prefix}-{uuid.uuid4().hex}"
         timeout_s = self._time_left(arrival)
         submits = make_submits(
             request, texts, reply_id=reply_id, hello=hello, settings=self.settings, timeout_s=timeout_s
         )
-        job = Job(reply_id, int(time.time()), self.settings.served_name, request, texts.prompts, submits)
+        job = Job(reply_id, int(time.time()), self.settings.served_name, request, texts.prompts, submits, asked)
         self.metrics.prompt_tokens.observe(job.num_prompt_tokens)
         timer = GenerationTimer(self.metrics, arrival=arrival, num_choices=len(submits))
         generation = held.enter_context(self.pool.submit(submits, timeout_s=timeout_s, observer=timer))
         if not request.stream:
-            return JSONBytes(await complete_body(generation, job, self.tokenizer))
-        return generation, self._events(job), await generation.read()
+            choices, usage = await read_all(generation, job)
+            return JSONBytes(dialect.body(job, choices, usage))
+        return generation, dialect.events(job), await generation.read()
 
     def _time_left(self, arrival: float) -> float:
         left = arrival + self.settings.request_timeout_s - time.perf_counter()
@@ -153,12 +171,6 @@ class Gateway:
 
     def _too_late(self) -> DeadlineError:
         return DeadlineError(f"the request took longer than {self.settings.request_timeout_s:g} s")
-
-    def _events(self, job: Job) -> Events:
-        if isinstance(job.request, ChatCompletionRequest):
-            return ChatEvents(job, job.request)
-        assert isinstance(job.request, CompletionRequest)
-        return CompletionEvents(job, job.request, self.tokenizer)
 
     async def _encode(self, request: GenerationRequest, max_model_len: int) -> Texts:
         chat_text = None
@@ -181,5 +193,6 @@ def model_not_found(asked: str, served: str) -> ModelNotFoundError:
     return ModelNotFoundError(f"the model {asked!r:.200} is not served here; {served!r} is", param="model")
 
 
-def _check(body: bytes, model: type[GenerationRequest]) -> GenerationRequest:
-    return validate(model, parse_object(body))
+def _check(body: bytes, dialect: Dialect[Any]) -> tuple[RequestModel, GenerationRequest]:
+    asked = validate(dialect.request_type, parse_object(body))
+    return asked, dialect.generation(asked)

@@ -11,6 +11,8 @@ import orjson
 
 from cluster.errors import ContextLengthError, InvalidValueError, RequestError
 from cluster.gateway.chat import ChatTemplate
+from cluster.gateway.deltas import MakeParser, PlainText
+from cluster.gateway.fields import RequestModel
 from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest, GenerationRequest, ResponseFormat
 from cluster.gateway.settings import GatewaySettings
 from cluster.gateway.tokenize import TextTokenizer
@@ -37,6 +39,8 @@ class Job:
     request: GenerationRequest
     prompts: tuple[Prompt, ...]
     submits: tuple[Submit, ...]
+    asked: RequestModel  # the same in its dialect's own words
+    make_parser: MakeParser = PlainText  # of a chat's choices
 
     def prompt_of(self, choice: int) -> Prompt:
         return self.prompts[choice // self.request.n]

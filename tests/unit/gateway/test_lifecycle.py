@@ -409,7 +409,7 @@ async def test_a_fault_of_ours_is_an_error_like_any_other(
     response = await served.complete()
     assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_error")
     monkeypatch.undo()
-    monkeypatch.setattr("cluster.gateway.stream.CompletionEvents._output_events", fail)
+    monkeypatch.setattr("cluster.gateway.dialects.completions.CompletionEvents._output_events", fail)
     found = events((await served.complete(stream=True)).text)
     assert [event["error"]["code"] for event in found] == ["engine_error"]
     assert "RuntimeError" in caplog.text
