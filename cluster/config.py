@@ -2,7 +2,7 @@
 
 A setting has one name in four places, and the first that gives it a value wins:
 
-1. a flag, ``--max-num-seqs 32`` (all but ``data`` and ``token`` have one)
+1. a flag, ``--max-num-seqs 32`` (all but ``data``, ``token`` and ``admin_api_key`` have one)
 2. the environment, ``FORETOKEN_MAX_NUM_SEQS=32``
 3. the file of ``--config`` (or ``FORETOKEN_CONFIG``), YAML: ``max_num_seqs: 32``
 4. the default of its field here, which the command line shows as well
@@ -19,16 +19,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import parse_qsl, urlsplit
 
 import pydantic
 import yaml
-from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SecretStr, field_validator
+from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SecretStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from cluster.errors import ConfigError
+from cluster.silence import least_orphan_s
 
 ENV_PREFIX = "FORETOKEN_"
 FORMS = {  # what the pattern of a field asks for
@@ -39,6 +40,7 @@ STORE_FORM = (
     "must begin with redis://, rediss:// or unix://, such as redis://localhost:6379/0; special characters of user and "
     "password are percent-encoded: / as %2F, @ as %40"
 )
+CONTRADICTION = "contradiction"  # pydantic's type of an error of two settings, each of which is fine by itself
 # What follows the scheme: nothing else has an @, or a part of the password would be taken for the host.
 STORE_PATTERN = re.compile(r"(redis|rediss|unix)://([^/?#]*@)?[^/?#@]*(/[^?#@]*)?(\?[^#@]*)?(#[^@]*)?")
 
@@ -85,7 +87,28 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(10.0, ge=0, allow_inf_nan=False, description="what runs may finish for this long")
     start_timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False, description="a worker may load for this long")
     request_timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False, description="a request may take this long")
+    tool_parser: Literal["auto", "hermes", "mistral", "none"] = Field(
+        "auto", description="how the model writes calls of tools; auto: by its chat template and tokens"
+    )
+    reasoning_parser: Literal["auto", "think", "none"] = Field(
+        "auto", description="how the model marks its thoughts; auto: by its chat template and tokens"
+    )
     max_open_requests: int = Field(1024, ge=1, description="requests at once; one more is told to come back later")
+    max_open_requests_per_tenant: int = Field(
+        0, ge=0, description="requests at once of one tenant; 0: as many as of all"
+    )
+    max_connections: int = Field(4096, ge=1, le=1 << 20, description="connections at once, with requests or without")
+    api_key: SecretStr | None = Field(
+        None,
+        description="keys that clients must send, as KEY or TENANT:KEY, with commas between; none: none is needed on a "
+        "loopback address, and one is made and printed for any other. A flag is seen by everybody on this machine, in "
+        "the list of processes: FORETOKEN_API_KEY and --api-key-file are not",
+    )
+    api_key_file: Annotated[Path, BeforeValidator(_expand_user)] | None = Field(
+        None, description="a file of keys that only you can read: KEY or TENANT:KEY on each line"
+    )
+    admin_api_key: SecretStr | None = Field(None, description="the key of the routes under /admin (no flag)")
+    share_prefix_cache: bool = Field(False, description="tenants find each other's prompts in the prefix cache")
 
     # the engine
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:<i>")
@@ -121,7 +144,9 @@ class Settings(BaseSettings):
     lease_s: float = Field(1.0, ge=0.3, le=600, description="a worker that is silent for this long is lost")
     peer_timeout_s: float = Field(2.0, gt=0, le=600, description="a worker waits this long for another's answer")
     reroute_timeout_s: float = Field(30.0, gt=0, le=3600, description="requests wait this long for lost experts")
-    orphan_timeout_s: float = Field(60.0, gt=0, le=86400, description="a worker without a controller ends after this")
+    orphan_timeout_s: float = Field(
+        60.0, gt=0, le=86400, description="a worker without a controller ends after this (at least 20, and 15 leases)"
+    )
 
     # what it says
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
@@ -135,6 +160,24 @@ class Settings(BaseSettings):
         if url is not None and not _is_store_url(url.get_secret_value()):
             raise PydanticCustomError("store_url", "{form}", {"form": STORE_FORM})
         return url
+
+    @model_validator(mode="after")
+    def _check_orphan_timeout(self) -> Self:
+        least_s = least_orphan_s(self.lease_s)
+        if self.orphan_timeout_s < least_s:
+            raise PydanticCustomError(
+                CONTRADICTION,
+                "{name} = {value} must be at least {least} where {other} = {other_value}: a controller that hangs must "
+                "be noticed, and the next one there, before workers end themselves",
+                {
+                    "name": "orphan_timeout_s",
+                    "value": f"{self.orphan_timeout_s:g}",
+                    "least": f"{least_s:g}",
+                    "other": "lease_s",
+                    "other_value": f"{self.lease_s:g}",
+                },
+            )
+        return self
 
     def describe(self) -> list[Setting]:
         """Every setting with its value and where that came from, in the order of the fields."""
@@ -235,6 +278,10 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _config_error(error: pydantic.ValidationError, origins: Mapping[str, str]) -> ConfigError:
     first = error.errors(include_url=False)[0]
+    if first["type"] == CONTRADICTION:
+        name, other = first["ctx"]["name"], first["ctx"]["other"]
+        from_where = f"{name} is from {origins.get(name, 'default')}, {other} from {origins.get(other, 'default')}"
+        return ConfigError(f"{first['msg']} ({from_where})", param=name)
     name = str(first["loc"][0])
     origin = origins.get(name, "default")
     reason = FORMS[name] if first["type"] == "string_pattern_mismatch" else first["msg"]

@@ -8,14 +8,22 @@
     │   ├── UnsupportedFieldError       400     unsupported_parameter    a field that changes tokens is not honoured
     │   ├── ContextLengthError          400     context_length_exceeded  prompt and max_tokens do not fit
     │   ├── GrammarError                400     invalid_grammar          a grammar cannot be compiled in bounds
+    │   ├── AuthenticationError         401     invalid_api_key          no key where one is needed, or none of ours
+    │   ├── PermissionDeniedError       403     permission_denied        a key that does not open this
+    │   ├── AbortedError                400     request_aborted          an administrator ended the request
+    │   ├── PreviousResponseError       400     previous_response_not_found  a conversation that is not kept
     │   ├── RequestTooLargeError        413     request_too_large        a body over the limit
-    │   └── ModelNotFoundError          404     model_not_found          no such model is served
+    │   ├── ModelNotFoundError          404     model_not_found          no such model is served
+    │   ├── RequestNotFoundError        404     request_not_found        no request of that id is open
+    │   └── ResponseNotFoundError       404     response_not_found       no response of that id is kept
     ├── UnavailableError                503     unavailable              not the caller's fault; try again
     │   ├── OverloadedError             429     overloaded               the queue is full (Retry-After)
     │   ├── DrainingError               503     draining                 the server is shutting down
     │   ├── WorkerLostError             503     worker_lost              the process that ran the request died
     │   │   └── StartRefusedError       503     start_refused            a worker's own words on why it cannot start
+    │   │       └── StartImpossibleError 503    start_impossible         … and will not by being started again
     │   ├── PeerLostError               503     peer_lost                another worker does not answer a worker
+    │   │   └── PeerRefusedError        503     peer_refused             it answers, and takes no link: it is unlike
     │   ├── StoreUnavailableError       503     store_unavailable        the store cannot be reached, or is too slow
     │   ├── UnreadableValueError        503     unreadable_value         the store holds what another release wrote
     │   └── DeadlineError               504     deadline_exceeded        the request's deadline passed
@@ -67,12 +75,36 @@ class GrammarError(RequestError):
     code = "invalid_grammar"
 
 
+class AuthenticationError(RequestError):
+    status, code = 401, "invalid_api_key"
+
+
+class PermissionDeniedError(RequestError):
+    status, code = 403, "permission_denied"
+
+
+class AbortedError(RequestError):
+    code = "request_aborted"  # not a 5xx, which clients send again
+
+
 class RequestTooLargeError(RequestError):
     status, code = 413, "request_too_large"
 
 
 class ModelNotFoundError(RequestError):
     status, code = 404, "model_not_found"
+
+
+class RequestNotFoundError(RequestError):
+    status, code = 404, "request_not_found"
+
+
+class ResponseNotFoundError(RequestError):
+    status, code = 404, "response_not_found"
+
+
+class PreviousResponseError(RequestError):
+    code = "previous_response_not_found"
 
 
 class UnavailableError(ForetokenError):
@@ -95,8 +127,16 @@ class StartRefusedError(WorkerLostError):
     code = "start_refused"
 
 
+class StartImpossibleError(StartRefusedError):
+    code = "start_impossible"
+
+
 class PeerLostError(UnavailableError):
     code = "peer_lost"
+
+
+class PeerRefusedError(PeerLostError):
+    code = "peer_refused"
 
 
 class StoreUnavailableError(UnavailableError):

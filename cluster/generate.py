@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 
 from cluster import logs
 from cluster.config import Settings
-from cluster.control.launch import local_worker, socket_folder
 from cluster.control.model import Model, find_model
+from cluster.control.worker_folders import socket_folder
+from cluster.control.worker_process import local_worker
 from cluster.gateway.chat import load_template
 from cluster.gateway.fields import validate
 from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from cluster.gateway.parsing.reply_format import ReplyShape
 from cluster.gateway.pool import Endpoint, WorkerPool
 from cluster.gateway.settings import GatewaySettings, SamplingDefaults
 from cluster.gateway.submit import Texts, encode, make_submits, render_chat
@@ -99,7 +101,13 @@ async def complete(settings: Settings, model: Model, prompt: Prompt, *, on_text:
             async with WorkerPool([Endpoint("worker", worker.launch.address)], max_resumptions=0) as pool:
                 hello = await pool.ready(settings.start_timeout_s)
                 (submit,) = make_submits(
-                    request, texts, reply_id="generate", hello=hello, settings=gateway, timeout_s=timeout_s
+                    request,
+                    texts,
+                    reply_id="generate",
+                    hello=hello,
+                    settings=gateway,
+                    timeout_s=timeout_s,
+                    shape=ReplyShape(),
                 )
                 return await _collect(pool, submit, timeout_s, on_text)
         finally:

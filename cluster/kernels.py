@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from cluster.config import Settings
-from cluster.control.launch import kernels_dir
+from cluster.control.worker_folders import kernels_dir
 from cluster.environment import child_environment
 from cluster.errors import ConfigError
 

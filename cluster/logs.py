@@ -1,11 +1,13 @@
 """Where log lines go and how they look. Called once, by the command that starts the process.
 
-Lines never hold a prompt or an answer: callers log ids, counts and times.
+Lines never hold a prompt or an answer: callers log ids, counts and times. Whatever a line holds, it stays one and moves
+no cursor: control characters and Unicode's line separators are escaped, and further lines (of a traceback) indented.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
@@ -14,6 +16,12 @@ import orjson
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 _QUIET = ("httpx", "httpcore", "huggingface_hub", "filelock", "asyncio")
+# C0 but tab and line feed, DEL, C1 (NEL among them), line and paragraph separator, and what turns text around
+_CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u2028\\u2029\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]")
+
+
+def _escaped(text: str) -> str:
+    return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:
@@ -26,6 +34,9 @@ class TextFormatter(logging.Formatter):
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _escaped(super().format(record)).replace("\n", "\n  ")
 
 
 class JsonFormatter(logging.Formatter):
@@ -41,7 +52,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(entry, default=str).decode()
+        return _escaped(orjson.dumps(entry, default=str).decode())  # within strings alone, where \uXXXX is the same
 
 
 def configure(level: str, log_format: Literal["text", "json"], stream: TextIO | None = None) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
 X86 = ("x86_64", "AMD64", "i386")
+GPU_PROBE_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,16 @@ def _processor() -> tuple[str, frozenset[str]]:
     except (OSError, subprocess.TimeoutExpired):
         shown = ""
     return shown.strip(), frozenset()
+
+
+def gpu_bytes() -> list[int]:
+    """The memory of each GPU of this machine, by index; none where they cannot be asked."""
+    command = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GPU_PROBE_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [int(line) * 2**20 for line in done.stdout.split() if line.isdigit()]
 
 
 def free_port(host: str = "") -> int:

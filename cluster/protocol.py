@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 5
 SERVICE = "foretoken.Worker"
 STREAM_METHOD = f"/{SERVICE}/Stream"  # ToWorker stream -> FromWorker stream
 STATE_METHOD = f"/{SERVICE}/State"  # empty -> EngineState
@@ -77,8 +77,9 @@ class Launch(Message, frozen=True):
     peer_timeout_s: float = 2.0  # for a peer's answer, besides what its work takes
     reroute_timeout_s: float = 30.0  # a step waits so long for experts that nobody holds; then its requests fail
     orphan_timeout_s: float | None = None  # it ends itself when no controller was there for so long; None: never
-    # It ends itself when its engine's thread neither finished a layer nor looked for work for so long: a layer of a
-    # full step takes seconds at most on whatever is worth serving from.
+    # It ends itself when its engine's thread neither finished a layer nor looked for work for so long, and for as long
+    # as it waits for an expert worker besides: a layer of a full step takes it seconds at most on whatever is worth
+    # serving from.
     stuck_after_s: float = 120.0
 
     def __repr__(self) -> str:
@@ -117,6 +118,15 @@ class Grammar(Message, frozen=True):
     source: str  # the schema as JSON, the regular expression, a JSON list of choices, or a Lark grammar
 
 
+class Thinking(Message, frozen=True):
+    """How a reply thinks before it answers. Only the answer follows `Sampling.grammar`."""
+
+    start: str  # the text that opens its thoughts: "<think>"
+    end: str  # and the text that closes them
+    is_open: bool  # the prompt has opened them already
+    budget: int | None = None  # tokens of thought, behind which `end` is forced; None: as many as it likes
+
+
 class Sampling(Message, frozen=True):
     """How the next token is drawn. Ranges are checked where a request enters (gateway, `Request`)."""
 
@@ -135,6 +145,7 @@ class Sampling(Message, frozen=True):
     logprobs: int | None = None  # alternatives beside the sampled token, 0..20; None: none
     prompt_logprobs: int | None = None  # the same for the prompt's tokens
     grammar: Grammar | None = None
+    thinking: Thinking | None = None  # None: the whole reply is its answer
 
 
 class Stopping(Message, frozen=True):
@@ -147,6 +158,7 @@ class Stopping(Message, frozen=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True  # in the text; ids are always whole
+    shown_special_ids: tuple[int, ...] = ()  # these are in the text all the same: they mark parts of a reply
 
 
 class Submit(Message, frozen=True, tag="submit"):
@@ -330,11 +342,27 @@ class WorkerReport(Message, frozen=True):
 # ------------------------------------------------------------------------------------ attention worker -> expert worker
 
 
+class Likeness(Message, frozen=True):
+    """What workers have in common that compute one request's tokens between them; the fields are `Hello`'s.
+
+    `arithmetic` counts in the class `invariant` only.
+    """
+
+    checkpoint: str
+    dtype: str
+    numerics: str
+    arithmetic: str
+
+
 class OpenLink(Message, frozen=True):
-    """Ask for a tensor link: both then meet under `link_id` in the store that the offer names."""
+    """Ask for a tensor link: both then meet under `link_id` in the store that the offer names.
+
+    An expert worker that is unlike refuses as FAILED_PRECONDITION, in words that name both.
+    """
 
     link_id: str  # unique, not to be guessed
     from_name: str
+    likeness: Likeness  # of who asks
     worker_id: str = ""  # of the process that is meant; another one at its address refuses; empty: any
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import ipaddress
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -17,14 +19,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
+from pydantic import SecretStr
 from rich.console import Console
 
 from cluster import logs
 from cluster.config import Settings
-from cluster.control.launch import WorkerProcess, local_worker, socket_folder
 from cluster.control.model import Model, find_model
+from cluster.control.worker_folders import socket_folder
+from cluster.control.worker_process import WorkerProcess, local_worker
 from cluster.errors import ConfigError
 from cluster.event_loop import loop_factory
+from cluster.gateway.auth import Key, Keys, new_key, parse_admin_key, parse_keys, read_key_file
 from cluster.gateway.limits import FLUSH_S
 from cluster.gateway.pool import Endpoint, WorkerPool
 from cluster.gateway.settings import GatewaySettings, SamplingDefaults
@@ -35,6 +40,7 @@ from cluster.protocol import Hello
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
+SPARE_FILES = 256  # of what a process may open, beside its clients' connections
 HTTP_STOP_TIMEOUT_S = 3  # a connection that is still open then is cut
 WORKER_STOP_TIMEOUT_S = 5.0  # it has nothing left to run by then
 EXIT_AT_ONCE = 130  # as a shell shows an interrupt
@@ -46,6 +52,7 @@ def run(settings: Settings) -> int:
     logs.configure(settings.log_level, settings.log_format)
     started = time.monotonic()
     with listen(settings.host, settings.port) as listener:
+        settings = with_keys(settings, listener)
         model = find_model(settings)
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(serve(settings, model, listener, started))
@@ -79,6 +86,64 @@ def base_url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether only programs on this machine reach the listener."""
+    address = ipaddress.ip_address(listener.getsockname()[0].partition("%")[0])
+    mapped = getattr(address, "ipv4_mapped", None)
+    return bool(address.is_loopback if mapped is None else mapped.is_loopback)
+
+
+def with_keys(settings: Settings, listener: socket.socket) -> Settings:
+    """Settings with a new key, which is printed once, where one is needed and none is there.
+
+    Raises `ConfigError` for keys that cannot be used.
+    """
+    if not (is_loopback(listener) or settings.api_key or settings.api_key_file):
+        key = new_key()
+        _print_key(key, settings)
+        settings = settings.model_copy(update={"api_key": SecretStr(key)})
+    keys_of(settings)
+    return settings
+
+
+def keys_of(settings: Settings) -> Keys:
+    """Raises `ConfigError` for keys that cannot be used."""
+    users: list[Key] = []
+    if settings.api_key:
+        users += parse_keys(settings.api_key.get_secret_value(), "api_key")
+    if settings.api_key_file is not None:
+        users += parse_keys(read_key_file(settings.api_key_file), str(settings.api_key_file))
+    admin = settings.admin_api_key
+    return Keys.of(users, parse_admin_key(admin.get_secret_value(), "admin_api_key") if admin else None)
+
+
+def _print_key(key: str, settings: Settings) -> None:
+    """To whoever starts us, and not through the log: its lines may go further."""
+    text = (
+        f"{settings.host} is no loopback address, so clients need an API key. This one is for this start alone; set "
+        "FORETOKEN_API_KEY or --api-key-file for one that stays"
+    )
+    if settings.log_format == "json":
+        print(json.dumps({"level": "warning", "logger": __name__, "message": text, "api_key": key}), file=sys.stderr)
+    else:
+        print(f"{text}:\n\n  export FORETOKEN_API_KEY={key}\n", file=sys.stderr, flush=True)
+
+
+def connection_bound(wanted: int) -> int:
+    """How many connections this process can have, up to `wanted`: each is an open file, of which there are bounds."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + SPARE_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    with contextlib.suppress(ValueError, OSError):  # some systems have a lower bound than they say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    bound = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES)
+    if bound < wanted:
+        logger.warning("at most %d connections at once, not %d: this process may open few files", bound, wanted)
+    return min(bound, wanted)
 
 
 class _Server(uvicorn.Server):
@@ -130,7 +195,10 @@ async def serve_http(
 
     app = create_app(gateway_settings(settings, model), pool, status)
     gateway = app.state.gateway
-    server = _Server(server_config(app, stop_timeout_s=HTTP_STOP_TIMEOUT_S, backlog=BACKLOG))
+    max_connections = connection_bound(settings.max_connections)
+    server = _Server(
+        server_config(app, stop_timeout_s=HTTP_STOP_TIMEOUT_S, backlog=BACKLOG, max_connections=max_connections)
+    )
     http = asyncio.create_task(server.serve(sockets=[listener]))
     stopped = asyncio.create_task(stop.wait())
     try:
@@ -160,6 +228,11 @@ def gateway_settings(settings: Settings, model: Model) -> GatewaySettings:
         request_timeout_s=settings.request_timeout_s,
         drain_timeout_s=settings.drain_timeout_s,
         max_open_requests=settings.max_open_requests,
+        max_open_requests_per_tenant=settings.max_open_requests_per_tenant,
+        keys=keys_of(settings),
+        share_prefix_cache=settings.share_prefix_cache,
+        tool_parser=settings.tool_parser,
+        reasoning_parser=settings.reasoning_parser,
     )
 
 
@@ -195,7 +268,7 @@ def announce(hello: Hello, url: str, settings: Settings, start_s: float) -> None
         "KV cache": f"{hello.num_pages} pages of {hello.page_size} positions",
         "page": f"{url}/ shows what runs where, live",
     }
-    curl = curl_line(url, hello.served_name)
+    curl = curl_line(url, hello.served_name, needs_key(settings))
     if settings.log_format == "json" or not sys.stdout.isatty():
         for name, value in facts.items():
             logger.info("%s: %s", name, value)
@@ -216,9 +289,14 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def curl_line(url: str, served_name: str) -> str:
-    """A request that anyone can paste into a shell."""
+def needs_key(settings: Settings) -> bool:
+    return bool(settings.api_key or settings.api_key_file)
+
+
+def curl_line(url: str, served_name: str, has_key: bool = False) -> str:
+    """A request that anyone can paste into a shell, where a needed key is a variable of the environment."""
     body = json.dumps(
         {"model": served_name, "stream": True, "messages": [{"role": "user", "content": "What is a walnut?"}]}
     ).replace("'", "'\\''")
-    return f"curl -sN {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    key = ' -H "Authorization: Bearer $FORETOKEN_API_KEY"' if has_key else ""
+    return f"curl -sN {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"

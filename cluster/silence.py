@@ -2,7 +2,8 @@
 
 After one lease a worker counts as lost: what it did is given to others, what it does is not waited for. What stands in
 the store under a lease lasts for `LASTING_LEASES`: writes may be late, and the store slow. After `HUNG_LEASES` a
-process that is there and says nothing hangs, and is killed.
+process that is there and says nothing hangs, and is killed. A worker that has no controller outlives that of a hung one
+several times over, so that the next one finds it (`least_orphan_s`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,15 @@ from collections.abc import Callable
 
 LASTING_LEASES = 3
 HUNG_LEASES = 5
+HEARTBEATS = 10  # of a controller to a worker, and back, within a lease
+RENEWALS = 10  # of what lasts in the store, within the time that it does
+ORPHAN_PATIENCE = 3  # times as long as a controller hangs until it is killed
+SUCCESSION_S = 20.0  # for a controller to come however short the leases: a process, the model's shapes, the lead
+
+
+def least_orphan_s(lease_s: float) -> float:
+    """The least time for which workers must live without a controller, in seconds."""
+    return max(SUCCESSION_S, ORPHAN_PATIENCE * HUNG_LEASES * lease_s)
 
 
 class ListeningTime:

@@ -23,7 +23,7 @@ from cluster.protocol import Role
 from cluster.store.records import ClusterStatus
 from cluster.tables import print_rows
 from loadtests.cluster_process import NUM_NODES, LocalCluster, local_cluster, own_settings
-from loadtests.demo_stream import Stroke, watch
+from loadtests.demo_stream import Killed, watch
 from loadtests.processes import BenchError
 from loadtests.token_streams import TokenStream, compare
 
@@ -180,19 +180,19 @@ def disturbed(demo: Demo, cluster: LocalCluster, role: Role, expected: TokenStre
     """The same chat while a worker of `role` is killed; then until the cluster is whole again."""
     with demo.step(f"The same again, and an {role} worker is killed") as found:
         num_resumed = cluster.num_resumed()
-        stream, stroke = watch(demo.console, cluster, _body(cluster), role)
-        if stroke is None:
+        stream, killed = watch(demo.console, cluster, _body(cluster), role)
+        if killed is None:
             raise BenchError(f"the answer was over before an {role} worker could be killed: {stream.error or 'ok'}")
         text, is_equal = verdict(stream, expected)
-        found.append(f"{text}, pause {stream.pause_s(stroke.at_s):.2f} s")
+        found.append(f"{text}, pause {stream.pause_s(killed.at_s):.2f} s")
         if not is_equal:
-            demo.faults.append(f"{stroke.name} was killed: {text}")
+            demo.faults.append(f"{killed.name} was killed: {text}")
         if role == "attention":
             if cluster.num_resumed() == num_resumed:
-                raise BenchError(f"{stroke.name} did not run this chat any more when it was killed; try again")
+                raise BenchError(f"{killed.name} did not run this chat any more when it was killed; try again")
             found.append("resumed on another worker")
     with demo.step("Until the cluster is whole again") as found:
-        found.append(_recovered(cluster, stroke))
+        found.append(_recovered(cluster, killed))
 
 
 def _body(cluster: LocalCluster) -> dict[str, Any]:
@@ -212,13 +212,13 @@ def verdict(got: TokenStream, expected: TokenStream) -> tuple[str, bool]:
     return f"{text}; {got.error}" if got.error else text, False
 
 
-def _recovered(cluster: LocalCluster, stroke: Stroke) -> str:
+def _recovered(cluster: LocalCluster, killed: Killed) -> str:
     """Who took the place of the one that was killed, and how the experts are shared out now."""
     deadline = time.monotonic() + WHOLE_S
     while True:
         status = cluster.status()
-        new = next((worker for worker in status.workers if worker.name == stroke.name), None) if status else None
-        if status is not None and new is not None and new.pid != stroke.pid and not cluster.problem():
+        new = next((worker for worker in status.workers if worker.name == killed.name), None) if status else None
+        if status is not None and new is not None and new.pid != killed.pid and not cluster.problem():
             shards = " + ".join(str(worker.num_experts) for worker in status.workers if worker.role == "expert")
             return f"{new.name} runs as process {new.pid}, experts are shared out as {shards}"
         if time.monotonic() > deadline:

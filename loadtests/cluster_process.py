@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,6 +18,8 @@ import msgspec
 from cluster.config import Settings, load
 from cluster.errors import StoreUnavailableError
 from cluster.machine import free_port
+from cluster.operate.children import in_session
+from cluster.operate.ray_nodes import STARTED
 from cluster.operate.state_file import ClusterFiles, SupervisorState
 from cluster.operate.up import is_ready
 from cluster.store import open_store
@@ -25,6 +28,8 @@ from loadtests.processes import BenchError, Child, Server, environment, get, pyt
 
 POLL_S = 0.1
 NUM_NODES = 3
+STARTING = "Local node IP:"  # the first line of `ray start`
+RAYLET = b"/raylet"  # a node's process
 END_S = 60.0  # until nothing is left of a cluster that was told to end
 FLAGS = ("local", "port", "cluster_name", "attention_workers", "expert_workers")  # in the command
 
@@ -94,6 +99,8 @@ class LocalCluster:
             return status.problem
         if len([node for node in status.nodes if node.is_alive]) < (self.settings.local or 0):
             return "a node is missing"
+        if starting := [name for name in sorted(names) if name.startswith("ray-") and not self.is_up(name)]:
+            return f"{', '.join(starting)} starting"
         wanted = self.settings.attention_workers + self.settings.expert_workers
         serving = [worker for worker in status.workers if worker.condition == "serving"]
         if len(serving) < wanted or len(serving) < len(status.workers):
@@ -102,6 +109,14 @@ class LocalCluster:
         if min(shards, default=0) == 0 or sum(shards) != status.num_experts * status.num_layers:
             return f"experts held: {shards}"
         return "" if is_ready(self.url) else "the gateway is not ready"
+
+    def is_up(self, node: str) -> bool:
+        """Whether Ray runs on that node; it counts as alive as soon as one of its workers reports."""
+        pid = self.children().get(node)
+        if pid is None or not any(RAYLET in _command(each) for each in in_session(pid)):
+            return False
+        log = ClusterFiles(self.settings).logs / f"{node}.log"
+        return STARTED in log.read_text(encoding="utf-8", errors="replace").rpartition(STARTING)[2]
 
     def wait_whole(self, timeout_s: float, look: Callable[[LocalCluster], None] = lambda _: None) -> None:
         """Until every process is there, every worker serves and the experts are shared out; `look` all the while.
@@ -118,6 +133,12 @@ class LocalCluster:
                 logs = ClusterFiles(self.settings).logs
                 raise BenchError(f"the cluster is not whole after {timeout_s:g} s: {problem}; see the logs in {logs}")
             time.sleep(POLL_S)
+
+
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0]
+    return b""
 
 
 def own_settings(**given: Any) -> Settings:

@@ -27,7 +27,7 @@ SHOWN_EXPERTS = 8
 
 
 @dataclass(frozen=True)
-class Stroke:
+class Killed:
     """A worker that was killed."""
 
     name: str
@@ -38,17 +38,17 @@ class Stroke:
 
 def watch(
     console: Console, cluster: LocalCluster, body: dict[str, Any], role: Role | None = None
-) -> tuple[TokenStream, Stroke | None]:
+) -> tuple[TokenStream, Killed | None]:
     """Stream a chat and show it; with a `role`, SIGKILL a worker of that role in mid-stream.
 
-    The stroke is None where there was none to give before the stream was over.
+    None in its place where there was nobody to kill before the stream was over.
     """
     return asyncio.run(_watch(console, cluster, body, role))
 
 
 async def _watch(
     console: Console, cluster: LocalCluster, body: dict[str, Any], role: Role | None
-) -> tuple[TokenStream, Stroke | None]:
+) -> tuple[TokenStream, Killed | None]:
     stream = TokenStream()
     url = f"{cluster.server.base_url}/v1/chat/completions"
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
@@ -65,7 +65,7 @@ async def _watch(
 
 async def _strike(
     cluster: LocalCluster, role: Role | None, stream: TokenStream, reading: asyncio.Task[None]
-) -> Stroke | None:
+) -> Killed | None:
     """Once `KILL_AFTER` tokens have come, kill who is known to work on them."""
     began_s = time.time()
     while role is not None and not reading.done():
@@ -75,7 +75,7 @@ async def _strike(
             if status is not None and worker is not None and not reading.done():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(worker.pid, signal.SIGKILL)
-                    return Stroke(worker.name, worker.pid, about(worker, status), time.monotonic())
+                    return Killed(worker.name, worker.pid, about(worker, status), time.monotonic())
         await asyncio.sleep(FRAME_S)
     return None
 
@@ -105,7 +105,7 @@ def _some(experts: Sequence[int]) -> str:
 
 
 async def _show(
-    console: Console, stream: TokenStream, reading: asyncio.Task[None], striking: asyncio.Task[Stroke | None]
+    console: Console, stream: TokenStream, reading: asyncio.Task[None], striking: asyncio.Task[Killed | None]
 ) -> None:
     """Until the stream is over."""
     num_shown, last_s = 0, time.monotonic()
@@ -122,9 +122,9 @@ async def _show(
 
     while True:
         is_over = reading.done()
-        if not is_struck and striking.done() and not striking.cancelled() and (stroke := striking.result()):
+        if not is_struck and striking.done() and not striking.cancelled() and (killed := striking.result()):
             is_struck = True
-            remark(f"   SIGKILL to process {stroke.pid}: {stroke.name}, {stroke.about}\n", "bold red")
+            remark(f"   SIGKILL to process {killed.pid}: {killed.name}, {killed.about}\n", "bold red")
         text, now = stream.text[num_shown:], time.monotonic()
         if text:
             if is_still:

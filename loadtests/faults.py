@@ -73,7 +73,9 @@ class Kind:
     target: str  # a worker's role, or the name of a child of the supervisor
     number: signal.Signals
     may_pause: bool  # False: streams go on without a pause, and are sent again until the cluster is whole again
+    also: str = ""  # the name of a child that is struck at the same moment
     leads_anew: bool = False  # another controller must lead, before workers end for want of one
+    breaks_streams: bool = False  # they end with whom it strikes, cut off; sent again afterwards they are whole
     is_kept_away: bool = False  # it is struck again whenever it is back, for `AWAY_S`
 
     @property
@@ -94,14 +96,21 @@ class Kind:
         return rng.choice(names) if names else None
 
     def strike(self, before: Look, name: str) -> Stroke:
+        at_s, wall_s = time.monotonic(), time.time()
+        delivered = [self._signal(before, each) for each in self._struck(name)]
+        return Stroke(name, at_s, wall_s, all(delivered))
+
+    def _struck(self, name: str) -> tuple[str, ...]:
+        return (self.also, name) if self.also else (name,)
+
+    def _signal(self, before: Look, name: str) -> bool:
         pid = before.pid(name)
         assert pid is not None
-        at_s, wall_s = time.monotonic(), time.time()
         is_delivered = _send(pid, self.number)
-        if self.number == signal.SIGKILL and not self.of_worker:
+        if self.number == signal.SIGKILL and name in before.children:
             for other in in_session(pid):  # what it started dies with it
                 _send(other, self.number)
-        return Stroke(name, at_s, wall_s, is_delivered)
+        return is_delivered
 
     def within_s(self, cluster: LocalCluster) -> float:
         """The cluster must have got over it after so long."""
@@ -111,9 +120,9 @@ class Kind:
         """What the cluster has not done about it yet; "": nothing."""
         if now is None or now.at_s < stroke.wall_s:
             return "no fresh status"
-        pid = now.pid(stroke.name)
-        if pid is None or pid == before.pid(stroke.name):
-            return f"{stroke.name} has not been started again"
+        for name in self._struck(stroke.name):
+            if now.pid(name) in (None, before.pid(name)):
+                return f"{name} has not been started again"
         return "no other controller leads" if self.leads_anew and now.epoch <= before.epoch else ""
 
     def missed(self, before: Look, after: Look, stroke: Stroke) -> str:
@@ -171,8 +180,11 @@ KINDS = (
     Kind("attention", "attention", signal.SIGKILL, may_pause=True),
     Kind("controller", "controller", signal.SIGKILL, may_pause=False, leads_anew=True),
     Kind("redis", "redis", signal.SIGKILL, may_pause=False),
+    Kind("controller_expert", "expert", signal.SIGKILL, may_pause=True, also="controller", leads_anew=True),
     Kind("expert_hung", "expert", signal.SIGSTOP, may_pause=True),
     Kind("attention_hung", "attention", signal.SIGSTOP, may_pause=True),
     Kind("controller_hung", "controller", signal.SIGSTOP, may_pause=False, leads_anew=True),
+    Kind("redis_hung", "redis", signal.SIGSTOP, may_pause=False),
+    Kind("gateway_hung", "gateway", signal.SIGSTOP, may_pause=True, breaks_streams=True),
     Kind("ray_head", "ray-0", signal.SIGKILL, may_pause=False, is_kept_away=True),
 )

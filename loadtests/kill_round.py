@@ -15,7 +15,7 @@ from cluster.store.records import ClusterStatus
 from loadtests.cluster_process import LocalCluster
 from loadtests.faults import WHOLE_S, Kind, Look, Stroke, look
 from loadtests.processes import BenchError
-from loadtests.token_streams import Difference, TokenStream, compare_streams, read_stream
+from loadtests.token_streams import Difference, TokenStream, compare_cut, compare_streams, read_stream
 from loadtests.workload import random_prompts
 
 STREAM_S = 180.0  # one stream, its pauses included
@@ -48,6 +48,7 @@ class Round:
 
     difference: Difference = field(default_factory=Difference)
     failed: int = 0  # requests
+    cut: int = 0  # requests whose stream was cut off, as is promised of the fault
     first_error: str = ""
     pages_leaked: int = 0
     missed: str = ""  # why it is no kill: it struck nothing
@@ -138,13 +139,15 @@ class Disturbance:
     async def _stream(
         self, session: aiohttp.ClientSession, request: Request, striking: asyncio.Task[tuple[Look, float]]
     ) -> None:
-        """Once, or again and again until the fault is over."""
+        """Once, or again and again until the fault is over; one that the fault cut off once more after it."""
         again: list[TokenStream] = []
         self.streams.append(again)
         while True:
             again.append(TokenStream())
             await _read(session, self._cluster.url, request, again[-1], self._count)
-            if self._kind.may_pause or striking.done() or again[-1].error:
+            if self._kind.breaks_streams and again[-1].is_cut and len(again) == 1:
+                await asyncio.wait({striking})
+            elif self._kind.may_pause or striking.done() or again[-1].error:
                 return
 
     def _count(self, num_tokens: int) -> None:
@@ -177,7 +180,7 @@ async def one_round(
     disturbance = Disturbance(cluster, kind, before, rng, at_tokens)
     over = await disturbance.run(asked)
     ended_s = time.time()
-    done = compared(disturbance.streams, expected)
+    done = compared(disturbance.streams, expected, breaks_streams=kind.breaks_streams)
     stroke = disturbance.stroke
     if over is None or stroke is None:
         done.missed = "the streams were over before anybody could be struck"
@@ -185,8 +188,10 @@ async def one_round(
         after, done.whole_s = over
         done.missed = kind.missed(before, after, stroke)
         done.pause_s, done.undisturbed_s = pauses(disturbance.streams, expected, stroke.at_s)
+        if kind.breaks_streams and not done.missed and not done.cut:
+            done.missed = "no stream was cut off"
         if not done.missed and not any(
-            stream.error or stream.num_tokens(stroke.at_s) >= MIN_AFTER
+            stream.error or stream.num_events(stroke.at_s) >= MIN_AFTER
             for streams in disturbance.streams
             for stream in streams
         ):
@@ -195,11 +200,20 @@ async def one_round(
     return done
 
 
-def compared(streams: Sequence[Sequence[TokenStream]], expected: Sequence[TokenStream]) -> Round:
-    """What each request's streams differ in from its undisturbed one."""
+def compared(
+    streams: Sequence[Sequence[TokenStream]], expected: Sequence[TokenStream], *, breaks_streams: bool = False
+) -> Round:
+    """What each request's streams differ in from its undisturbed one.
+
+    Where the fault breaks streams, one that was cut off and sent again is compared as far as it came.
+    """
     done = Round()
     for again, one in zip(streams, expected, strict=True):
         for stream in again:
+            if breaks_streams and stream.is_cut and stream is not again[-1]:
+                done.cut += 1
+                done.difference += compare_cut(stream, one)
+                continue
             done.difference += compare_streams(stream, one)
             done.failed += bool(stream.error)
             done.first_error = done.first_error or stream.error

@@ -1,7 +1,9 @@
 """`python -m loadtests.links`: what a tensor link between two processes costs, and when it notices a peer that is gone.
 
 Round trips of rows of 2048 floats, there and back, over a `GlooLink`; beside each the same bytes over the bare gloo
-pair, in turns within one run. Then a peer that is killed, and one that is stopped, while a reply is due.
+pair, in turns within one run. Then a peer that is killed, and one that is stopped, while a reply is due: the time from
+the signal to the error. A process takes its time to end, and its connections stand for most of that: the time to its
+end is given too, and what the error needed beyond it (below zero where that came first).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import signal
 import statistics
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -27,7 +30,7 @@ from rich.console import Console
 from cluster.errors import PeerLostError
 from loadtests.processes import BenchError
 from loadtests.report import Row, print_table, write_json
-from workers.experts.exchange import GlooLink, LinkServer, connect_link
+from workers.experts.exchange import GlooLink, LinkClient, LinkServer
 from workers.experts.frame import TensorSpec
 
 BENCH = "links"
@@ -102,16 +105,17 @@ class EchoPeer:
     def link(self, num_rows: int) -> GlooLink:
         name = uuid.uuid4().hex
         self._pipe.send((name, num_rows))
-        return connect_link(self.offer, name, HOST, WAIT_S)
+        return LinkClient(HOST, WAIT_S).connect(self.offer, name)
 
     def bare(self, num_rows: int) -> dist.ProcessGroupGloo:
         name = f"bare-{uuid.uuid4().hex}"
         self._pipe.send((name, num_rows))
         return bare_pair(self.offer.port, name, 1)
 
-    def signal(self, number: signal.Signals) -> None:
+    @property
+    def pid(self) -> int:
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        return self._process.pid
 
     def end(self) -> None:
         self._process.kill()
@@ -155,20 +159,42 @@ def round_trips(peer: EchoPeer, num_rows: int, effort: Effort) -> tuple[float, f
     return statistics.median(over_link), statistics.median(over_pair)
 
 
-def time_to_loss(number: signal.Signals) -> float:
-    """Seconds from the signal to the error, for a reply that is due at `HUNG_DEADLINE_S`."""
+class EndWatch:
+    """When a process of ours had ended, as `waitid` says it to a thread that does nothing else."""
+
+    def __init__(self, pid: int) -> None:
+        self._found: list[float] = []
+        self._thread = threading.Thread(target=self._watch, args=(pid,), daemon=True)
+        self._thread.start()
+
+    def _watch(self, pid: int) -> None:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        self._found.append(time.perf_counter())
+
+    def at_s(self) -> float:
+        """`time.perf_counter()`. Raises `BenchError` where it does not end."""
+        self._thread.join(WAIT_S)
+        if not self._found:
+            raise BenchError("the other process did not end in time")
+        return self._found[0]
+
+
+def lose(number: signal.Signals) -> tuple[float, float | None]:
+    """-> (seconds from the signal to the error, for a reply that is due at `HUNG_DEADLINE_S`; to the peer's end)."""
     peer = EchoPeer()
     try:
         link = peer.link(1)
         spec = [TensorSpec((1, HIDDEN))]
         link.send([torch.ones(1, HIDDEN)], WAIT_S)
         link.recv(spec, WAIT_S)
+        watch = EndWatch(peer.pid) if number == signal.SIGKILL else None
         started = time.perf_counter()
-        peer.signal(number)
+        os.kill(peer.pid, number)
         try:
             link.recv(spec, HUNG_DEADLINE_S)
         except PeerLostError:
-            return time.perf_counter() - started
+            error_s = time.perf_counter() - started
+            return error_s, watch.at_s() - started if watch is not None else None
         raise AssertionError("a peer that is gone sent something")
     finally:
         peer.end()
@@ -192,9 +218,19 @@ def measure(effort: Effort) -> list[Row]:
         ("peer killed", signal.SIGKILL, "5 ms"),
         ("peer hung", signal.SIGSTOP, f"{HUNG_DEADLINE_S} s, its deadline"),
     ):
-        losses = [time_to_loss(number) for _ in range(effort.losses)]
-        for metric, value in (("error_p50_s", statistics.median(losses)), ("error_max_s", max(losses))):
+        losses = [lose(number) for _ in range(effort.losses)]
+        errors = [error_s for error_s, _ in losses]
+        for metric, value in (("error_p50_s", statistics.median(errors)), ("error_max_s", max(errors))):
             rows.append(Row(bench=BENCH, case=case, metric=metric, unit="s", value=value, goal=goal))
+        ends = [end_s for _, end_s in losses if end_s is not None]
+        if ends:
+            beyond = [error_s - end_s for error_s, end_s in losses if end_s is not None]
+            for metric, value in (
+                ("end_p50_s", statistics.median(ends)),
+                ("error_beyond_end_p50_s", statistics.median(beyond)),
+                ("error_beyond_end_max_s", max(beyond)),
+            ):
+                rows.append(Row(bench=BENCH, case=case, metric=metric, unit="s", value=value))
     return rows
 
 

@@ -22,6 +22,7 @@ import msgspec
 from cluster.environment import python_path
 from cluster.machine import free_port
 
+KEYS = frozenset({"FORETOKEN_API_KEY", "FORETOKEN_API_KEY_FILE", "FORETOKEN_ADMIN_API_KEY"})
 STOP_TIMEOUT_S = 20.0
 POLL_S = 0.01
 HTTP_TIMEOUT_S = 30.0
@@ -38,8 +39,9 @@ def python_command(module: str, *arguments: str) -> list[str]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Ours, with our packages first on the path."""
-    return {**os.environ, "PYTHONPATH": python_path(os.environ), **changes}
+    """Ours, with our packages first on the path, and without keys: a bench's servers are on loopback, and open."""
+    kept = {name: value for name, value in os.environ.items() if name not in KEYS}
+    return {**kept, "PYTHONPATH": python_path(os.environ), **changes}
 
 
 class Child:

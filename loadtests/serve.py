@@ -22,7 +22,8 @@ from typing import Any, Literal, NoReturn
 from rich.console import Console
 
 from cluster.config import load as load_settings
-from cluster.control.launch import kernels_dir, worker_environment
+from cluster.control.launch import worker_environment
+from cluster.control.worker_folders import kernels_dir
 from cluster.errors import ConfigError, ForetokenError
 from cluster.machine import this_machine
 from cluster.protocol import Launch

@@ -36,6 +36,7 @@ class TokenStream:
     ended_s: float = 0.0
     error: str = ""
     is_done: bool = False
+    is_cut: bool = False  # the connection broke, or there was none: nobody refused, and nobody said that it went wrong
 
     @property
     def ids(self) -> list[int]:
@@ -56,7 +57,7 @@ class TokenStream:
         waits = (wait for sample in self.samples for wait in self._waits(sample))
         return max((after - before for before, after in waits if after > since_s), default=0.0)
 
-    def num_tokens(self, since_s: float) -> int:
+    def num_events(self, since_s: float) -> int:
         """How many events brought tokens after `since_s`."""
         return sum(time_s > since_s for sample in self.samples for time_s in sample.times_s)
 
@@ -87,11 +88,15 @@ async def read_stream(
                     _take(stream, line[5:].strip(), on_tokens)
     except TimeoutError:
         stream.error = f"no end within {timeout_s:g} s"
-    except (aiohttp.ClientError, OSError, msgspec.DecodeError) as error:
+    except (aiohttp.ClientError, OSError) as error:
+        stream.is_cut = not stream.error
+        stream.error = stream.error or f"{type(error).__name__}: {error}"
+    except msgspec.DecodeError as error:
         stream.error = f"{type(error).__name__}: {error}"
     finally:
         stream.ended_s = time.monotonic()
     if not stream.is_done and not stream.error:
+        stream.is_cut = True
         stream.error = "the stream ended before [DONE]"
 
 
@@ -155,6 +160,19 @@ def compare(got: Sequence[Hashable], expected: Sequence[Hashable]) -> Difference
             lost += end - start - both
             repeated += got_end - got_start - both
     return Difference(len(expected), lost, repeated, differing)
+
+
+def compare_cut(got: TokenStream, expected: TokenStream) -> Difference:
+    """Of a stream that was cut off, what came of it."""
+    total = Difference()
+    for one, other in zip_longest(got.samples, expected.samples, fillvalue=Sample()):
+        beside = compare(one.logprobs, other.logprobs[: len(one.logprobs)])
+        total += compare(one.ids, other.ids[: len(one.ids)])
+        total += Difference(
+            logprobs=beside.lost + beside.repeated + beside.differing,
+            texts=int(not other.text.startswith(one.text)),
+        )
+    return total
 
 
 def compare_streams(got: TokenStream, expected: TokenStream) -> Difference:

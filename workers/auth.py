@@ -14,12 +14,6 @@ from cluster.protocol import CONTROL_METHOD, LINK_METHOD, PROTOCOL_VERSION, STRE
 CALLERS = {CONTROL_METHOD: "this controller", STREAM_METHOD: "this gateway", LINK_METHOD: "the worker that asks"}
 
 
-def credentials(token: str | None) -> tuple[tuple[str, str], ...]:
-    """The metadata of a call to a worker of this cluster."""
-    version = (VERSION_KEY, str(PROTOCOL_VERSION))
-    return (version,) if token is None else (version, (TOKEN_KEY, f"Bearer {token}"))
-
-
 class TokenCheck(grpc.aio.ServerInterceptor):
     """Refuses a call without the token as UNAUTHENTICATED, whatever its method, before any of its messages is read."""
 

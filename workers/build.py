@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from cluster.errors import ConfigError
-from cluster.protocol import Launch, Peer
+from cluster.protocol import Launch, Likeness, Peer
+from workers.bell import Bell
 from workers.cache.kv_cache import page_bytes
 from workers.engine import Engine, EngineOptions
 from workers.experts.backend import LocalExperts
@@ -22,13 +23,14 @@ from workers.experts.routed import RoutedExperts
 from workers.experts.shard import ExpertIds, Shard
 from workers.kernels.build import build_host_kernels
 from workers.kernels.native import HostKernels
+from workers.lease import Lease
 from workers.models.decoder import Decoder
 from workers.models.fingerprint import fingerprint
 from workers.models.loader import empty_weights, eos_token_ids, load_experts, load_model, open_checkpoint
 from workers.models.spec import ModelSpec
 from workers.models.tokenizer import Tokenizer
 from workers.models.weights import DenseWeights, ModelWeights, MoEWeights
-from workers.numerics import Numerics, detect
+from workers.numerics import Numerics, arithmetic, detect
 from workers.scheduler import SchedulerOptions
 
 log = logging.getLogger(__name__)
@@ -41,8 +43,16 @@ KV_SHARE = 0.5  # of what is free once the weights are loaded
 class BuiltEngine:
     engine: Engine
     num_parameters: int  # of the whole model
-    fingerprint: str  # of the checkpoint
+    likeness: Likeness
+    turns: Lease  # not started: renewed with each layer, and while peers are waited for
     experts: RoutedExperts | None = None  # of the role attention: the engine steps while they are `ready`
+    experts_changed: Bell = dataclasses.field(default_factory=Bell)  # rings on any thread
+
+
+@dataclass(frozen=True)
+class BuiltExperts:
+    host: ExpertHost
+    likeness: Likeness
 
 
 def resolve_device(name: str) -> torch.device:
@@ -144,15 +154,25 @@ def find_numerics(launch: Launch, spec: ModelSpec, device: torch.device, dtype: 
     return numerics
 
 
+def find_likeness(path: Path, device: torch.device, dtype: torch.dtype, numerics: Numerics) -> Likeness:
+    """Of a worker that computes the checkpoint in folder `path` so. Raises `CheckpointError`."""
+    return Likeness(
+        checkpoint=fingerprint(path),
+        dtype=str(dtype).removeprefix("torch."),
+        numerics=numerics.name,
+        arithmetic=arithmetic(numerics, device),
+    )
+
+
 def build_engine(
     launch: Launch,
     progress: Callable[[int, int], None] | None = None,
-    open_link: Callable[[Peer], PeerLink] | None = None,
+    link_opener: Callable[[Likeness], Callable[[Peer], PeerLink]] | None = None,
 ) -> BuiltEngine:
     """Load the checkpoint that `launch` names and make its engine, for the roles all and attention.
 
-    The role attention leaves the routed experts out, and `open_link` is how it reaches those who have them. Raises
-    `ConfigError` for options that this machine or checkpoint cannot meet, `CheckpointError` for the rest.
+    The role attention leaves the routed experts out, and `link_opener` says how one that is so reaches those who have
+    them. Raises `ConfigError` for options that this machine or checkpoint cannot meet, `CheckpointError` for the rest.
     """
     is_whole = launch.role == "all"
     if launch.num_threads is not None:
@@ -182,21 +202,31 @@ def build_engine(
             static_batching=launch.static_batching,
         ),
     )
+    likeness = find_likeness(path, device, dtype, numerics)
+    turns = Lease(launch.stuck_after_s, "the engine's thread did not come round for {:g} s")
+    experts_changed = Bell()
     experts: LocalExperts | RoutedExperts
     if is_whole:
         layers = [layer.mlp.experts if isinstance(layer.mlp, MoEWeights) else None for layer in weights.layers]
         experts = LocalExperts(layers, numerics)
     else:
-        assert open_link is not None, "an attention worker needs a way to reach experts"
-        experts = RoutedExperts(spec, numerics, launch.peer_timeout_s, open_link)
-    decoder = Decoder(spec, weights, experts, numerics, num_positions=max_model_len)
+        assert link_opener is not None, "an attention worker needs a way to reach experts"
+        experts = RoutedExperts(
+            spec,
+            numerics,
+            launch.peer_timeout_s,
+            link_opener(likeness),
+            on_change=experts_changed.ring,
+            on_wait=turns.renew,
+        )
+    decoder = Decoder(spec, weights, experts, numerics, num_positions=max_model_len, on_layer=turns.renew)
     engine = Engine(decoder, Tokenizer(path), eos_token_ids(path), options, model_name=launch.served_name)
     whole = weights if is_whole else empty_weights(spec, torch.device("meta"), dtype)
     routed = experts if isinstance(experts, RoutedExperts) else None
-    return BuiltEngine(engine, num_parameters(whole), fingerprint(path), routed)
+    return BuiltEngine(engine, num_parameters(whole), likeness, turns, routed, experts_changed)
 
 
-def build_expert_host(launch: Launch) -> ExpertHost:
+def build_expert_host(launch: Launch) -> BuiltExperts:
     """An expert worker's host of the checkpoint that `launch` names, still empty. Raises as `build_engine` does."""
     if launch.num_threads is not None:
         torch.set_num_threads(launch.num_threads)
@@ -215,7 +245,9 @@ def build_expert_host(launch: Launch) -> ExpertHost:
     # A GPU that workers share is fuller now than when they have moved their experts: they are told what fits there.
     room = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else free_bytes(launch, device)
     limit_bytes = int(room * WEIGHTS_SHARE)
-    return ExpertHost(load, spec, find_numerics(launch, spec, device, dtype), limit_bytes)
+    numerics = find_numerics(launch, spec, device, dtype)
+    host = ExpertHost(load, spec, numerics, limit_bytes)
+    return BuiltExperts(host, find_likeness(checkpoint.path, device, dtype, numerics))
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:

@@ -25,6 +25,7 @@ from workers.request import Request, Status
 from workers.sampling.guided import Matcher
 from workers.sampling.sampler import Sampler, failure
 from workers.sampling.stop import StopChecker
+from workers.sampling.thinking import ThinkingMatcher
 from workers.scheduler import MAX_LOGIT_ROWS, Scheduler, SchedulerOptions
 from workers.step import SampledRow, Scheduled, StepPlan
 
@@ -98,14 +99,17 @@ class Engine:
                 f"{self.options.num_pages}: lower max_tokens, or give the server more memory",
                 param="max_tokens",
             )
-        detokenizer = Detokenizer(self.tokenizer, skip_special_tokens=request.stopping.skip_special_tokens)
-        request.stop_checker = StopChecker(detokenizer, request.stopping, self.eos_token_ids)
-        request.matcher = matcher
+        request.stop_checker = self._stop_checker(request)
+        thinking = request.sampling.thinking
+        if thinking is None:
+            request.matcher = matcher
+        else:
+            request.matcher = ThinkingMatcher(thinking, matcher, self.tokenizer, self.eos_token_ids)
         if request.num_output:
             request.ended = request.stop_checker.restore(request.output_ids)
-            if matcher is not None:
+            if request.matcher is not None:
                 for token_id in request.output_ids:
-                    matcher.accept(token_id)
+                    request.matcher.accept(token_id)
         return request
 
     def submit(self, request: Request) -> None:
@@ -405,10 +409,14 @@ class Engine:
             raise InvalidValueError(f"no request {request_id!r} is running", param="request_id")
         return request
 
+    def _stop_checker(self, request: Request) -> StopChecker:
+        stopping = request.stopping
+        detokenizer = Detokenizer(self.tokenizer, stopping.skip_special_tokens, stopping.shown_special_ids)
+        return StopChecker(detokenizer, stopping, self.eos_token_ids)
+
     def _restate(self, target: Request, source: Request) -> None:
         """Make the stop checker and the grammar's matcher of `target` stand behind its own tokens."""
-        detokenizer = Detokenizer(self.tokenizer, skip_special_tokens=target.stopping.skip_special_tokens)
-        target.stop_checker = StopChecker(detokenizer, target.stopping, self.eos_token_ids)
+        target.stop_checker = self._stop_checker(target)
         target.stop_checker.restore(target.output_ids)
         if source.matcher is not None:
             target.matcher = source.matcher.restarted()

@@ -22,15 +22,18 @@ class Lease:
         self._timeout_s = timeout_s
         self._last_words = last_words
         self._die = die
-        self._renewed = threading.Event()
+        self._lock = threading.Lock()
+        self._renewed_for: float | None = None  # by `renew`, since the last look
         self._ended = threading.Event()
 
     def start(self) -> None:
         if self._timeout_s is not None:
             threading.Thread(target=self._watch, args=(self._timeout_s,), name="lease", daemon=True).start()
 
-    def renew(self) -> None:
-        self._renewed.set()
+    def renew(self, longer_s: float = 0.0) -> None:
+        """From now on it lasts its time again, and until the next renewal `longer_s` more: whoever renews it waits."""
+        with self._lock:
+            self._renewed_for = longer_s
 
     def end(self) -> None:
         """Nobody will renew it any more, and that is as it should be."""
@@ -38,14 +41,15 @@ class Lease:
 
     def _watch(self, timeout_s: float) -> None:
         pause_s = timeout_s / LOOKS
-        silent_s, before = 0.0, time.monotonic()
-        while silent_s < timeout_s:
+        silent_s, longer_s, before = 0.0, 0.0, time.monotonic()
+        while silent_s < timeout_s + longer_s:
             if self._ended.wait(pause_s):
                 return
             now = time.monotonic()
-            if self._renewed.is_set():
-                self._renewed.clear()
-                silent_s = 0.0
+            with self._lock:
+                renewed_for, self._renewed_for = self._renewed_for, None
+            if renewed_for is not None:
+                silent_s, longer_s = 0.0, renewed_for
             else:
                 # A process that was stopped for a while has yet to read what came meanwhile.
                 silent_s += min(now - before, 2 * pause_s)

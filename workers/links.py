@@ -15,49 +15,60 @@ from typing import Any
 import grpc
 import msgspec
 
-from cluster.errors import ForetokenError, PeerLostError
-from cluster.protocol import LINK_METHOD, EngineState, Launch, LinkOffer, OpenLink, Peer
-from workers.auth import credentials
-from workers.experts.exchange import LinkServer, PeerLink, connect_link
+from cluster.channel import CHANNEL_OPTIONS, call_metadata
+from cluster.errors import ForetokenError, PeerLostError, PeerRefusedError
+from cluster.protocol import LINK_METHOD, EngineState, Launch, Likeness, LinkOffer, OpenLink, Peer
+from workers.experts.exchange import LinkClient, LinkServer, PeerLink
 from workers.experts.host import ExpertHost
 
 log = logging.getLogger(__name__)
 
 MAX_PENDING_LINKS = 16  # offered, and nobody has come yet
 MAX_ID_BYTES = 128
-CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
+REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION)
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_open_link = msgspec.msgpack.Decoder(OpenLink).decode
 _decode_offer = msgspec.msgpack.Decoder(LinkOffer).decode
 
 
-def link_opener(launch: Launch) -> Callable[[Peer], PeerLink]:
+def link_opener(launch: Launch, likeness: Likeness) -> Callable[[Peer], PeerLink]:
     """How this attention worker opens a link to an expert worker: within `peer_timeout_s` twice, on a thread."""
+    client = LinkClient(launch.tensor_host, launch.peer_timeout_s)
 
     def open_link(peer: Peer) -> PeerLink:
-        """Raises `PeerLostError`."""
-        request = OpenLink(link_id=uuid.uuid4().hex, from_name=launch.name, worker_id=peer.worker_id)
+        """Raises `PeerLostError`, of which `PeerRefusedError` where the expert worker takes no link from this one."""
+        request = OpenLink(link_id=uuid.uuid4().hex, from_name=launch.name, likeness=likeness, worker_id=peer.worker_id)
         try:
             with grpc.insecure_channel(peer.address, options=CHANNEL_OPTIONS) as channel:
                 body = channel.unary_unary(LINK_METHOD)(
-                    _encode(request), timeout=launch.peer_timeout_s, metadata=credentials(launch.token)
+                    _encode(request), timeout=launch.peer_timeout_s, metadata=call_metadata(launch.token)
                 )
             offer = _decode_offer(body)
         except grpc.RpcError as error:
-            raise PeerLostError(f"{peer.name} at {peer.address} offers no link: {error.details()}") from error
+            kind = PeerRefusedError if error.code() in REFUSED else PeerLostError
+            raise kind(f"{peer.name} at {peer.address} offers no link: {error.details()}") from error
         except msgspec.DecodeError as error:
             raise PeerLostError(f"{peer.name} at {peer.address} offers no link: {error}") from error
-        return connect_link(offer, request.link_id, launch.tensor_host, launch.peer_timeout_s)
+        return client.connect(offer, request.link_id)
 
     return open_link
+
+
+def difference(ours: Likeness, theirs: Likeness) -> str | None:
+    """How `theirs` differs where it matters, in words; None: not at all."""
+    fields = ("checkpoint", "dtype", "numerics") + (("arithmetic",) if ours.numerics == "invariant" else ())
+    pairs = [(field, getattr(ours, field), getattr(theirs, field)) for field in fields]
+    return ", ".join(f"{field} {b!r} instead of {a!r}" for field, a, b in pairs if a != b) or None
 
 
 class ExpertService:
     """Offers links and serves each on a thread of its own. Lives on the event loop."""
 
-    def __init__(self, host: ExpertHost, links: LinkServer, worker_id: str) -> None:
+    def __init__(self, host: ExpertHost, likeness: Likeness, links: LinkServer, worker_id: str) -> None:
+        """`likeness`: what the experts of `host` are computed from and with."""
         self._host = host
+        self._likeness = likeness
         self._links = links
         self._worker_id = worker_id
         self._lock = threading.Lock()
@@ -100,6 +111,12 @@ class ExpertService:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"link_id must have 1 to {MAX_ID_BYTES} bytes")
         if request.worker_id not in ("", self._worker_id):
             text = f"worker {request.worker_id} is not here any more; this is {self._worker_id}"
+            await context.abort(grpc.StatusCode.NOT_FOUND, text)
+        if (unlike := difference(self._likeness, request.likeness)) is not None:
+            text = (
+                f"{request.from_name} has {unlike} here: give all workers one checkpoint and, in the class invariant, "
+                "like machines with as many threads (or run in the class fast)"
+            )
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
         if self._draining:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "this worker is shutting down")

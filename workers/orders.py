@@ -137,4 +137,9 @@ class TakenRoutes:
     def reported(self, report: WorkerReport) -> WorkerReport:
         # The peers belong to the route in effect, which may be newer than the version: said too early, none is missed.
         version = self._versions.current
-        return msgspec.structs.replace(report, route_version=version, lost_peers=self._experts.lost_peers)
+        return msgspec.structs.replace(
+            report,
+            route_version=version,
+            lost_peers=self._experts.lost_peers,
+            error=report.error or self._experts.refusal,
+        )

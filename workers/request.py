@@ -14,6 +14,7 @@ from cluster.protocol import Finish, Sampling, Stopping, Submit, TokenLogprobs
 if TYPE_CHECKING:
     from workers.sampling.guided import Matcher
     from workers.sampling.stop import StopChecker
+    from workers.sampling.thinking import ThinkingMatcher
 
 
 class Status(enum.Enum):
@@ -49,7 +50,7 @@ class Request:
     page_hashes: list[bytes] = field(default_factory=list)  # chained hashes of the full pages of `tokens`
     num_published: int = 0  # of its pages, named in the prefix cache
     stop_checker: StopChecker | None = None
-    matcher: Matcher | None = None  # the grammar's state
+    matcher: Matcher | ThinkingMatcher | None = None  # the state of its grammar, and of its thoughts
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     ended: Finish | None = None  # the end that a resumed request's tokens had reached already
     told_prompt: bool = False  # its first output, which carries what concerns the prompt, is out
@@ -61,6 +62,11 @@ class Request:
     @property
     def output_ids(self) -> list[int]:
         return self.tokens[self.num_prompt :]
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a grammar, or the end of its thoughts, says what may come next."""
+        return self.matcher is not None and self.matcher.is_active
 
     @property
     def num_uncomputed(self) -> int:
@@ -101,6 +107,7 @@ def check_submit(submit: Submit, *, vocab_size: int, max_model_len: int) -> None
         ("prompt", submit.prompt_ids),
         ("output_ids", submit.output_ids),
         ("stop_token_ids", stopping.stop_token_ids),
+        ("shown_special_ids", stopping.shown_special_ids),
         ("logit_bias", tuple(sampling.logit_bias)),
         ("bad_words", tuple(token for word in sampling.bad_words for token in word)),
     ):
@@ -126,6 +133,11 @@ def check_submit(submit: Submit, *, vocab_size: int, max_model_len: int) -> None
     _within("min_tokens", stopping.min_tokens, 0, max(stopping.max_tokens, 0))
     if any(not text for text in stopping.stop):
         raise InvalidValueError("stop has an empty string", param="stop")
+    thinking = sampling.thinking
+    if thinking is not None:
+        if not thinking.start or not thinking.end:
+            raise InvalidValueError("thinking needs the texts that open and close it", param="thinking")
+        _within("thinking_token_budget", thinking.budget or 0, 0, 2**31)
     total = len(submit.prompt_ids) + stopping.max_tokens
     if total > max_model_len:
         raise ContextLengthError(

@@ -30,14 +30,15 @@ class EngineRunner:
         die: Callable[[], None] = lambda: os._exit(1),
         can_step: Callable[[], bool] = lambda: True,
         reroute_timeout_s: float = 30.0,
-        stuck_after_s: float | None = None,
+        turns: Lease | None = None,
     ) -> None:
         """`publish` gets each step's output, in order, on the engine's thread; `die` ends the process at a fault.
 
         While `can_step` says no (`wake` when that changes), requests wait: before it first said yes for as long as
-        their deadlines allow, later for `reroute_timeout_s`; then they end with `peer_lost`. Without a turn of the
-        thread, or a `pulse` from within its step, for `stuck_after_s` (None: however long) it is stuck, and `die` is
-        called as well: the event loop lives on, and would go on saying that the worker does. A thread that waits, for
+        their deadlines allow, later for `reroute_timeout_s`; then they end with `peer_lost`.
+
+        `turns` is renewed at each turn of the thread, and by whoever gets on with its step: a worker whose engine is
+        stuck ends, since its event loop lives on and would go on saying that the worker does. A thread that waits, for
         work or for experts, takes turns.
         """
         self._engine = engine
@@ -52,17 +53,13 @@ class EngineRunner:
         self._draining = False
         self._has_stepped = False
         self._stalled_since: float | None = None  # while there is work and no step succeeds
-        self._turns = Lease(stuck_after_s, "the engine's thread did not come round for {:g} s", die)
+        self._turns = turns or Lease(None, "")
         self._snapshot = engine.snapshot()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
         self._turns.start()
-
-    def pulse(self) -> None:
-        """The engine's thread is in the middle of a step, and gets on with it."""
-        self._turns.renew()
 
     def submit(self, request: Request) -> None:
         """Queue a request; whatever goes wrong reaches its caller as its terminal event."""

@@ -8,6 +8,7 @@ standard input; any other worker outlives whoever started it, and ends when its 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import signal
@@ -26,11 +27,10 @@ import msgspec
 from cluster.errors import ConfigError, ForetokenError
 from cluster.protocol import KEEPALIVE, SERVICE, Announcement, EngineState, Launch, WorkerReport
 from workers.auth import TokenCheck, VersionCheck
-from workers.build import BuiltEngine, build_engine, build_expert_host
+from workers.build import BuiltEngine, BuiltExperts, build_engine, build_expert_host
 from workers.console import loading_progress, set_up_logging
 from workers.control import ControlService
 from workers.experts.exchange import LinkServer
-from workers.experts.host import ExpertHost
 from workers.lease import Lease
 from workers.links import ExpertService, link_opener
 from workers.orders import HeldExperts, Subject, TakenRoutes
@@ -68,7 +68,7 @@ class Service(Protocol):
 class Worker:
     """One worker's server, from its start to its end."""
 
-    def __init__(self, launch: Launch, built: BuiltEngine | ExpertHost) -> None:
+    def __init__(self, launch: Launch, built: BuiltEngine | BuiltExperts) -> None:
         self._launch = launch
         self._worker_id = uuid.uuid4().hex
         self._address = launch.address
@@ -77,20 +77,16 @@ class Worker:
         self._stop, self._now = asyncio.Event(), asyncio.Event()
         self._service: Service
         self._control: ControlService | None = None
-        if isinstance(built, ExpertHost):
+        if isinstance(built, BuiltExperts):
             links = LinkServer(launch.tensor_host, OPEN_PATIENCE * launch.peer_timeout_s)
-            self._service = ExpertService(built, links, self._worker_id)
-            self._control = self._controlled(HeldExperts(built))
+            self._service = ExpertService(built.host, built.likeness, links, self._worker_id)
+            self._control = self._controlled(HeldExperts(built.host))
         else:
             streams = self._service = StreamService(built, launch, self._worker_id)
             if built.experts is not None:
-                control = self._control = self._controlled(TakenRoutes(built.experts))
-
-                def on_change() -> None:
-                    streams.runner.wake()
-                    control.notify()
-
-                built.experts.on_change = on_change
+                self._control = self._controlled(TakenRoutes(built.experts))
+                built.experts_changed.listen(streams.runner.wake)
+                built.experts_changed.listen(self._control.notify)
 
     def _controlled(self, subject: Subject) -> ControlService:
         return ControlService(subject, self._lease, report=self._report, heartbeat_s=self._launch.heartbeat_s)
@@ -176,15 +172,15 @@ def write_whole(path: Path, content: bytes) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror}", param="announce_path") from error
 
 
-def build(launch: Launch) -> BuiltEngine | ExpertHost:
+def build(launch: Launch) -> BuiltEngine | BuiltExperts:
     """What the worker's role asks for. Raises `ConfigError` and `CheckpointError`."""
     if launch.role == "expert":
         return build_expert_host(launch)
-    open_link = link_opener(launch) if launch.role == "attention" else None
-    return build_engine(launch, loading_progress(launch), open_link=open_link)
+    opener = functools.partial(link_opener, launch) if launch.role == "attention" else None
+    return build_engine(launch, loading_progress(launch), link_opener=opener)
 
 
-async def _run(launch: Launch, built: BuiltEngine | ExpertHost) -> None:
+async def _run(launch: Launch, built: BuiltEngine | BuiltExperts) -> None:
     await Worker(launch, built).run()
 
 
@@ -211,8 +207,10 @@ def main() -> None:
     try:
         asyncio.run(_run(launch, build(launch)))
     except ForetokenError as error:
-        # One line that the launcher shows as it is; a traceback would hide what the user can do.
-        print(f"error: {error.message}", file=sys.stderr, flush=True)
+        # One line that the launcher shows as it is; a traceback would hide what the user can do. The code says to it
+        # that another try would end in the same way.
+        code = f"{error.code}: " if isinstance(error, ConfigError) else ""
+        print(f"error: {code}{error.message}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
     if launch.role != "all":
         _exit()

@@ -26,7 +26,6 @@ from cluster.protocol import (
     ToWorker,
 )
 from workers.build import BuiltEngine
-from workers.numerics import arithmetic
 from workers.runner import EngineRunner, refusal
 from workers.sampling.guided import CompiledGrammar, GrammarCompiler
 
@@ -97,9 +96,8 @@ class StreamService:
             self._publish,
             can_step=lambda: self._experts is None or self._experts.ready,
             reroute_timeout_s=launch.reroute_timeout_s,
-            stuck_after_s=launch.stuck_after_s,
+            turns=built.turns,
         )
-        built.engine.decoder.on_layer = self.runner.pulse
         self._owners: dict[str, _Stream] = {}
 
     def handlers(self) -> Mapping[str, Any]:
@@ -234,10 +232,7 @@ def make_hello(launch: Launch, built: BuiltEngine, worker_id: str) -> Hello:
         served_name=launch.served_name,
         max_model_len=engine.options.max_model_len,
         vocab_size=spec.vocab_size,
-        checkpoint=built.fingerprint,
-        dtype=str(engine.decoder.weights.embedding.dtype).removeprefix("torch."),
-        numerics=engine.decoder.numerics.name,
-        arithmetic=arithmetic(engine.decoder.numerics, engine.decoder.weights.embedding.device),
+        **msgspec.structs.asdict(built.likeness),
         num_pages=engine.options.num_pages,
         page_size=engine.options.page_size,
         model_type=spec.family,

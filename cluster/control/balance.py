@@ -21,6 +21,8 @@ EPSILON = 1e-9  # relative: smaller gains are rounding
 
 
 class Expert(NamedTuple):
+    """One expert: `layer` counts the layers with routed experts (a row of `load`), not those of the model."""
+
     layer: int
     idx: int
 

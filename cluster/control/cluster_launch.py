@@ -10,10 +10,10 @@ from cluster.control.model import Model
 from cluster.control.placement import Demand, PlacedWorker, Placement
 from cluster.control.topology import MEMORY_SHARE, Topology
 from cluster.machine import Machine
-from cluster.protocol import Launch, ModelShape
+from cluster.protocol import Launch, ModelShape, Role
+from cluster.silence import HEARTBEATS
 
 WORKING_BYTES = 512 * 2**20  # an attention worker's program, activations and logits
-HEARTBEATS = 10  # in a lease
 
 
 def demand_for(settings: Settings, shape: ModelShape) -> Demand:
@@ -47,8 +47,8 @@ def cluster_launch(
 ) -> Launch:
     """A placed worker's options; where it listens is for its node to say."""
     room = {(node.id, device.id): device.memory_bytes for node in topology.nodes for device in node.devices}
-    base = launch_message(
-        settings, address="127.0.0.1:0", model_path=model.path, served_name=model.name, progress=False, machine=machine
+    base = member_launch(
+        settings, model, machine, role=worker.role, name=worker.id, node_id=worker.node_id, address="127.0.0.1:0"
     )
     return msgspec.structs.replace(
         base,
@@ -58,14 +58,26 @@ def cluster_launch(
         kv_cache_bytes=worker.kv_bytes if worker.role == "attention" else None,
         num_threads=num_threads(settings, worker, placement, topology, machine),
         exit_with_parent=False,
-        role=worker.role,
-        name=worker.id,
-        node_id=worker.node_id,
+        orphan_timeout_s=settings.orphan_timeout_s,
+    )
+
+
+def member_launch(
+    settings: Settings, model: Model, machine: Machine, *, role: Role, name: str, node_id: str, address: str
+) -> Launch:
+    """The options of a worker of a cluster, whoever starts it, on the machine that it starts on."""
+    base = launch_message(
+        settings, address=address, model_path=model.path, served_name=model.name, progress=False, machine=machine
+    )
+    return msgspec.structs.replace(
+        base,
+        role=role,
+        name=name,
+        node_id=node_id,
         token=settings.token.get_secret_value() if settings.token is not None else None,
         heartbeat_s=settings.lease_s / HEARTBEATS,
         peer_timeout_s=settings.peer_timeout_s,
         reroute_timeout_s=settings.reroute_timeout_s,
-        orphan_timeout_s=settings.orphan_timeout_s,
     )
 
 

@@ -17,13 +17,13 @@ from functools import partial
 import msgspec
 
 from cluster.config import Settings
-from cluster.control.cluster_launch import HEARTBEATS, cluster_launch, demand_for, most_kv_bytes
-from cluster.control.ending import end_workers
+from cluster.control.cluster_launch import cluster_launch, demand_for, most_kv_bytes
+from cluster.control.ending import end_in_order
+from cluster.control.failures import backoff_s
 from cluster.control.jobs import Jobs
 from cluster.control.last_known import NOTHING, Known, LastKnown
-from cluster.control.launch import backoff_s
 from cluster.control.launcher import Launcher
-from cluster.control.leadership import LOOKS, Leadership, LostLeadError
+from cluster.control.leadership import Leadership, LostLeadError
 from cluster.control.model import Model
 from cluster.control.placement import PlacedWorker
 from cluster.control.plan import Action, Decision, End, Forget, Observed, Plan, Send, Start, Terms, gist, placement_of
@@ -36,7 +36,7 @@ from cluster.control.topology import Node, Topology
 from cluster.errors import ForetokenError, StoreUnavailableError, UnavailableError
 from cluster.machine import Machine
 from cluster.protocol import ModelShape, WorkerReport
-from cluster.silence import LASTING_LEASES, ListeningTime
+from cluster.silence import HEARTBEATS, LASTING_LEASES, RENEWALS, ListeningTime
 from cluster.store.base import Store
 from cluster.store.records import UNREADABLE, ClusterStatus, StartFailure, WorkerRecord
 
@@ -75,8 +75,8 @@ class Controller:
         self._launcher = launcher
         self._model = model
         self._machine = machine
-        self._tick_s = settings.lease_s / HEARTBEATS
-        self._look_s = LASTING_LEASES * settings.lease_s / LOOKS  # between two looks at the store
+        self._tick_s = min(settings.lease_s / HEARTBEATS, IDLE_S)  # however long a lease, its loop goes round
+        self._look_s = LASTING_LEASES * settings.lease_s / RENEWALS  # between two looks at the store
         self._terms = Terms(shape, demand_for(settings, shape), settings.lease_s, most_kv_bytes(settings, shape))
         self._beat = beat
         self._last_known = last_known
@@ -105,7 +105,7 @@ class Controller:
         self._is_taking_over = True
         self._launcher_problem: str | None = None
         self._status: ClusterStatus | None = None
-        self._started_at = time.monotonic()
+        self._began_at = 0.0  # to lead
 
     async def run(self, stop: asyncio.Event) -> None:
         """Lead until `stop`; then end the workers, where it is us who start them.
@@ -131,6 +131,7 @@ class Controller:
         self._jobs.keep("store", self._look_after_store)
         self._jobs.keep("nodes", self._look_at_nodes)
         listening = ListeningTime(self._tick_s)
+        self._began_at = time.monotonic()
         while not stop.is_set():
             self._roster.age(listening.passed_s())
             await self._tick(time.monotonic())
@@ -323,18 +324,17 @@ class Controller:
             now_s=now_s,
             topology=Topology(tuple(there)),
             workers=seen,
-            starting=self._starting(now_s) - seen.keys(),
+            starting=self._jobs.named("start") - seen.keys(),
+            num_experts_awaited=self._num_experts_awaited(now_s),
             resting=self._restarts.resting(now_s),
             starts_workers=self._launcher.starts_workers,
         )
 
-    def _starting(self, now_s: float) -> frozenset[str]:
-        if self._launcher.starts_workers:
-            return self._jobs.named("start")
-        if now_s - self._started_at > PODS_WAIT_S:
-            return frozenset()
+    def _num_experts_awaited(self, now_s: float) -> int:
+        if self._launcher.starts_workers or now_s - self._began_at > PODS_WAIT_S:
+            return 0
         num_there = sum(member.record.role == "expert" for member in self._roster)
-        return frozenset(f"expert-new-{i}" for i in range(num_there, self._terms.demand.num_expert_workers))
+        return max(0, self._terms.demand.num_expert_workers - num_there)
 
     # ----------------------------------------------------------------------------------------------------------- acting
 
@@ -355,8 +355,7 @@ class Controller:
             for action in self._decision.actions:
                 self._act(action)
         failures = self._restarts.failures()
-        hopeless = next((f"{failure.worker} does not start: {failure.message}" for failure in failures), None)
-        found = hopeless or self._launcher_problem or self._roster.refusal()
+        found = self._restarts.problem() or self._launcher_problem or self._roster.refusal()
         self._publish(observed, found or self._decision.problem, failures)
 
     def _act(self, action: Action) -> None:
@@ -435,7 +434,7 @@ class Controller:
     async def _end_workers(self) -> None:
         logger.info("stopping: ending the workers")
         await self._jobs.cancel("start")
-        await end_workers(self._roster, self._launcher, self._settings.drain_timeout_s)
+        await end_in_order(self._roster, self._launcher, self._settings.drain_timeout_s)
         self._registry.want_workers({})
         if self._status is not None:
             self._registry.want_status(msgspec.structs.replace(self._status, workers=(), at_s=time.time()))

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.control.launch import COMMAND, LAST_WORD, POLL_S, TAIL_BYTES, TAIL_LINES
-from cluster.errors import DeadlineError, StartRefusedError, WorkerLostError
+from cluster.control.last_words import last_lines, refusal, tail
+from cluster.control.launch import COMMAND, POLL_S
+from cluster.errors import DeadlineError, WorkerLostError
 from cluster.protocol import Announcement, Launch
 
 MODULE = "workers.server"
@@ -65,7 +66,7 @@ def start_detached(
             if time.monotonic() > deadline:
                 raise DeadlineError(
                     f"the worker was not ready after {timeout_s:g} s (start_timeout_s). Its last lines:\n"
-                    f"{_last_lines(log_path)}"
+                    f"{last_lines(tail(log_path))}"
                 )
             time.sleep(POLL_S)
         return announcement
@@ -135,7 +136,7 @@ def _start(launch: Launch, environment: Mapping[str, str], log_path: Path, comma
                 "of processes or memory"
             ) from None
     if not said.strip().isdigit():
-        raise WorkerLostError(f"the shell did not start {launch.name}. Its last lines:\n{_last_lines(log_path)}")
+        raise WorkerLostError(f"the shell did not start {launch.name}. Its last lines:\n{last_lines(tail(log_path))}")
     return int(said)
 
 
@@ -169,19 +170,9 @@ def _rotate(log_path: Path) -> None:
             newer.replace(older)
 
 
-def _tail(log_path: Path) -> bytes:
-    with log_path.open("rb") as log:
-        log.seek(max(0, os.fstat(log.fileno()).st_size - TAIL_BYTES))
-        return log.read()
-
-
 def _how_it_ended(log_path: Path) -> WorkerLostError:
     """Of a worker that ended before it served."""
-    if found := LAST_WORD.search(_tail(log_path)):
-        return StartRefusedError(found[1].decode("utf-8", errors="replace").strip())
-    return WorkerLostError(f"the worker ended while it started. Its last lines ({log_path}):\n{_last_lines(log_path)}")
-
-
-def _last_lines(log_path: Path) -> str:
-    lines = _tail(log_path).decode("utf-8", errors="replace").replace("\r", "\n").splitlines()
-    return "\n".join([line for line in lines if line.strip()][-TAIL_LINES:])
+    printed = tail(log_path)
+    return refusal(printed) or WorkerLostError(
+        f"the worker ended while it started. Its last lines ({log_path}):\n{last_lines(printed)}"
+    )

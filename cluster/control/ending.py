@@ -16,7 +16,7 @@ END_EXTRA_S = 2.0  # for workers to end, beside what runs
 END_POLL_S = 0.05
 
 
-async def end_workers(roster: Roster, launcher: Launcher, drain_timeout_s: float) -> None:
+async def end_in_order(roster: Roster, launcher: Launcher, drain_timeout_s: float) -> None:
     """End all and leave them; one that the launcher cannot reach is left to end by itself."""
     for role, timeout_s in (("attention", drain_timeout_s + END_EXTRA_S), ("expert", END_EXTRA_S)):
         members = [member for member in roster if member.record.role == role]

@@ -9,16 +9,14 @@ file's lock is held for as long as a controller lives, so that never two say the
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from cluster.errors import ConfigError
+from cluster.files import LockedError, locked, write_whole
 from cluster.protocol import Lead, Message
 from cluster.store.records import UNREADABLE, WorkerRecord
 
@@ -27,7 +25,6 @@ logger = logging.getLogger(__name__)
 NAME = "controller.json"
 LOCK_NAME = "controller.lock"
 LOCK_TIMEOUT_S = 5.0  # for a predecessor that is just ending
-LOCK_POLL_S = 0.05
 NOTHING = b"null"  # in the place of a placement
 
 
@@ -62,10 +59,8 @@ class LastKnown:
         value = msgspec.json.encode(known)
         if value == self._written:
             return
-        draft = self._path.with_suffix(".draft")
         try:
-            draft.write_bytes(value)
-            draft.replace(self._path)
+            write_whole(self._path, value)
         except OSError as error:
             if str(error) != self._fault:  # once, not at each turn of the loop
                 logger.warning("%s cannot be written: %s", self._path, error)
@@ -83,24 +78,11 @@ class LastKnown:
 @contextlib.contextmanager
 def open_last_known(folder: Path, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[LastKnown]:
     """Raises `ConfigError` where another controller has the folder after `timeout_s`, or it cannot be written."""
-    try:
-        lock = os.open(folder / LOCK_NAME, os.O_WRONLY | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise ConfigError(f"cannot write to the folder {folder}: {error.strerror}", param="folder") from None
-    try:
-        deadline = time.monotonic() + timeout_s
-        while not _try_lock(lock):
-            if time.monotonic() >= deadline:
-                raise ConfigError(f"another controller runs with the folder {folder}", param="folder")
-            time.sleep(LOCK_POLL_S)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(folder / LOCK_NAME, timeout_s))
+        except LockedError:
+            raise ConfigError(f"another controller runs with the folder {folder}", param="folder") from None
+        except OSError as error:
+            raise ConfigError(f"cannot write to the folder {folder}: {error.strerror}", param="folder") from None
         yield LastKnown(folder)
-    finally:
-        os.close(lock)
-
-
-def _try_lock(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

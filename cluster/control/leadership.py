@@ -17,13 +17,13 @@ import msgspec
 
 from cluster.errors import StoreUnavailableError
 from cluster.protocol import Lead
-from cluster.silence import LASTING_LEASES
+from cluster.silence import LASTING_LEASES, RENEWALS
 from cluster.store.base import Store, Versioned
 from cluster.store.records import EPOCH_KEY, LEAD_KEY, Reader, decode_epoch, decode_lead
 
 logger = logging.getLogger(__name__)
 
-LOOKS = 10  # at the lead within its time
+LOOK_S = 1.0  # between two looks at another's lead, at most: each is a sign that this controller does not hang
 MAX_TRIES = 8  # of a write that others come before
 
 _encode = msgspec.json.Encoder().encode
@@ -76,7 +76,7 @@ class Leadership:
             if now and now != last:
                 logger.info("waiting to lead: %s", now)
             last = now or last
-            await asyncio.sleep(self._ttl_s / LOOKS)
+            await asyncio.sleep(min(self._ttl_s / RENEWALS, LOOK_S))
         return False
 
     def _in_the_way(self, held: Versioned | None) -> str:

@@ -58,6 +58,7 @@ class Observed:
     starting: frozenset[str] = frozenset()  # names of workers whose start is under way
     resting: frozenset[str] = frozenset()  # names that failed and are not to be started yet
     starts_workers: bool = True  # False: workers come and go by themselves
+    num_experts_awaited: int = 0  # expert workers that come by themselves and are not there yet
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Plan:
     shards: Mapping[str, Held] = field(default_factory=dict)  # by worker id: what it should hold
     shards_problem: str | None = None
     shards_for: frozenset[str] | None = None  # worker ids; None: no worker has had shards yet
-    is_balanced: bool = False  # they were shared out evenly, not only restored after a loss
+    shards_slack: float | None = None  # how uneven they may be; None: they were only restored after a loss
+    shards_at_s: float = 0.0  # when they were decided
     assigns: Mapping[str, tuple[SentAssign, ...]] = field(default_factory=dict)  # in effect and later, oldest first
     routes: Mapping[str, tuple[SentRoute, ...]] = field(default_factory=dict)  # those that may be in use, oldest first
     stopped: frozenset[str] = frozenset()  # ids of workers that were asked to end
@@ -166,4 +168,4 @@ def gist(terms: Terms, seen: Observed) -> object:
         )
         for worker in seen.workers.values()
     )
-    return workers, seen.topology, seen.starting, seen.resting
+    return workers, seen.topology, seen.starting, seen.num_experts_awaited, seen.resting

@@ -11,10 +11,11 @@ import msgspec
 
 from cluster.config import Settings
 from cluster.control import detached
-from cluster.control.launch import COMMAND, logs_folder, worker_environment
+from cluster.control.launch import COMMAND, worker_environment
 from cluster.control.launcher import record_of
 from cluster.control.placement import PlacedWorker
 from cluster.control.topology import Topology, local_topology
+from cluster.control.worker_folders import logs_folder
 from cluster.machine import this_machine
 from cluster.protocol import Announcement, Launch
 from cluster.store.records import WorkerRecord

@@ -7,7 +7,6 @@ takes it over. Answers are plain values: an error is its code and message.
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Mapping
@@ -24,7 +23,6 @@ from cluster.protocol import Launch
 
 POLL_S = 0.2
 LINGER_S = 10.0  # an actor whose process has ended still answers for so long, then ends as well
-PROBE_TIMEOUT_S = 20.0
 NOT_FOR_WORKERS = ("OMP_NUM_THREADS", "PYTHONBREAKPOINT")  # Ray puts them there for the actor: one thread
 
 Answer = tuple[str, str]  # ("", result) or (error code, message)
@@ -111,16 +109,6 @@ class WorkerActor:
 def for_workers(environment: Mapping[str, str]) -> dict[str, str]:
     """An actor's environment without what Ray put there and no `child_environment` leaves out."""
     return {name: value for name, value in environment.items() if name not in NOT_FOR_WORKERS}
-
-
-def gpu_bytes() -> list[int]:
-    """The memory of each GPU of this node, by index; what it says where it cannot be asked is none."""
-    command = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [int(line) * 2**20 for line in done.stdout.split() if line.isdigit()]
 
 
 def _on_this_node(launch: Launch, host: str, packages: str) -> Launch:

@@ -23,9 +23,10 @@ from ray.exceptions import ActorUnschedulableError, GetTimeoutError, RayActorErr
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import ENV_PREFIX, SECRETS
-from cluster.control.ray_actor import Answer, WorkerActor, gpu_bytes
-from cluster.control.ray_launcher import CALL_TIMEOUT_S, Call, Connect, RayNode, Reply, Target
-from cluster.errors import ForetokenError, UnavailableError, by_code
+from cluster.control.ray_actor import Answer, WorkerActor
+from cluster.control.ray_messages import CALL_TIMEOUT_S, Call, Connect, RayNode, Reply, Target
+from cluster.errors import ConfigError, ForetokenError, UnavailableError, by_code
+from cluster.machine import gpu_bytes
 from cluster.protocol import Announcement
 
 ACTOR_CPUS = 0.01  # it only watches
@@ -73,18 +74,22 @@ class Bridge:
         target = call.target
         if call.method == "nodes":
             return [self._describe(node) for _, node in sorted(self._nodes().items())]
+        if call.method == "check_alone":
+            return self._check_alone(call.cluster_id)
         if call.method == "end_all":
-            return self._end_all(call.timeout_s)
+            return self._end_all(call.cluster_id, call.timeout_s)
         assert target is not None
+        name = actor_name(call.cluster_id, target.name)
         if call.method == "start":
             assert call.launch is not None
-            return self._start(target, call.launch, call.timeout_s)
+            self._check_alone(call.cluster_id)
+            return self._start(name, target, call.launch, call.timeout_s)
         if call.method == "stop":
-            self._ask(target, lambda actor: actor.stop.remote(target.pid, call.kill))
+            self._ask(name, target, lambda actor: actor.stop.remote(target.pid, call.kill))
             return None
         if call.method == "is_running":
-            return self._ask(target, lambda actor: actor.is_running.remote(target.pid))
-        return self._ask(target, lambda actor: actor.adopt.remote(target.pid))
+            return self._ask(name, target, lambda actor: actor.is_running.remote(target.pid))
+        return self._ask(name, target, lambda actor: actor.adopt.remote(target.pid))
 
     def _nodes(self) -> dict[str, dict[str, Any]]:
         """Live nodes by name. Of two with one name, Ray has not noticed yet that the older raylet is dead."""
@@ -127,9 +132,25 @@ class Bridge:
             raise UnavailableError(f"Ray has no live node {target.node_id} now")
         return node
 
-    def _start(self, target: Target, launch: str, timeout_s: float) -> Announcement:
+    def _check_alone(self, cluster_id: str) -> None:
+        """Raises `ConfigError` where another cluster of this name has actors: on a node of both, it has our files too.
+
+        A worker that starts takes the place of the process whose id stands in its file.
+        """
+        if others := [name for name in self._actor_names() if owner_of(name) != cluster_id]:
+            workers = ", ".join(sorted({name.rpartition(":")[2] for name in others}))
+            cluster = self._connect.cluster_name
+            raise ConfigError(
+                f"another cluster called {cluster} has workers on this Ray ({workers}): choose another --cluster-name, "
+                "or end that one with `foretoken cluster down` where it was started; where it was killed its workers "
+                "end within its orphan_timeout_s. If it is this one, start it with the same store, or the same home on "
+                "the same machine",
+                param="cluster_name",
+            )
+
+    def _start(self, name: str, target: Target, launch: str, timeout_s: float) -> Announcement:
         node = self._node(target)
-        actor = self._new_actor(target, node)
+        actor = self._new_actor(name, target, node)
         host = self._connect.host or node["NodeManagerAddress"]
         connect = self._connect
         started = actor.start.remote(
@@ -138,22 +159,22 @@ class Bridge:
         answer: Answer = ray.get(started, timeout=timeout_s)
         code, text = answer
         if code:
-            self._forget(target.name)
+            self._forget(name)
             raise by_code(code)(text)
         return msgspec.json.decode(text, type=Announcement)
 
-    def _ask(self, target: Target, question: Callable[[Any], Any]) -> Any:
-        """Ask the worker's actor, or a new one on its node where the old one is gone."""
+    def _ask(self, name: str, target: Target, question: Callable[[Any], Any]) -> Any:
+        """Ask the worker's actor `name`, or a new one on its node where the old one is gone."""
         node = self._node(target)
-        actor = self._known_actor(target.name)
+        actor = self._known_actor(name)
         if actor is not None:
             with suppress(RayActorError, GetTimeoutError):
                 return ray.get(question(actor), timeout=ACTOR_TIMEOUT_S)
-        actor = self._new_actor(target, node)
+        actor = self._new_actor(name, target, node)
         is_there = ray.get(actor.adopt.remote(target.pid), timeout=ACTOR_TIMEOUT_S)
         answer = ray.get(question(actor), timeout=ACTOR_TIMEOUT_S)
         if not is_there:
-            self._forget(target.name)
+            self._forget(name)
         return answer
 
     def _known_actor(self, name: str) -> Any | None:
@@ -161,10 +182,10 @@ class Bridge:
             return ray.get_actor(name)
         return None
 
-    def _new_actor(self, target: Target, node: dict[str, Any]) -> Any:
-        """An actor of the worker's name on its node; the one before it ends first. Its worker's process does not."""
+    def _new_actor(self, name: str, target: Target, node: dict[str, Any]) -> Any:
+        """An actor called `name` on the worker's node; the one before it ends first. Its worker's process does not."""
         options: dict[str, Any] = {
-            "name": target.name,
+            "name": name,
             "lifetime": "detached",
             "max_restarts": 0,
             "max_concurrency": ACTOR_CONCURRENCY,
@@ -178,7 +199,7 @@ class Bridge:
         else:
             options["memory"] = target.memory_bytes
         with self._lock:
-            self._forget(target.name)
+            self._forget(name)
             deadline = time.monotonic() + NAME_TIMEOUT_S
             while True:
                 try:
@@ -186,7 +207,7 @@ class Bridge:
                     break
                 except ValueError:  # the name is still taken
                     if time.monotonic() > deadline:
-                        raise UnavailableError(f"Ray does not let go of the actor {target.name}") from None
+                        raise UnavailableError(f"Ray does not let go of the actor {name}") from None
                     time.sleep(POLL_S)
         try:
             ray.get(actor.ready.remote(), timeout=ACTOR_TIMEOUT_S)
@@ -205,12 +226,12 @@ class Bridge:
         with suppress(ValueError, RayError):
             ray.kill(ray.get_actor(name))
 
-    def _end_all(self, timeout_s: float) -> int:
-        """SIGTERM, and SIGKILL near the deadline, to every process that our actors watch; then the actors end.
+    def _end_all(self, cluster_id: str, timeout_s: float) -> int:
+        """SIGTERM, and SIGKILL near the deadline, to every process that the cluster's actors watch; then those end.
 
         However many do not answer, that takes no longer than `timeout_s`.
         """
-        names = [entry["name"] for entry in ray.util.list_named_actors(all_namespaces=True) if self._is_ours(entry)]
+        names = [name for name in self._actor_names() if owner_of(name) == cluster_id]
         actors = {name: actor for name in names if (actor := self._known_actor(name)) is not None}
         kill_at = time.monotonic() + max(0.0, timeout_s - CALL_TIMEOUT_S)
         stopped = [actor.stop.remote(0, False) for actor in actors.values()]
@@ -226,8 +247,20 @@ class Bridge:
             self._forget(name)
         return num_there
 
-    def _is_ours(self, entry: dict[str, str]) -> bool:
-        return entry["namespace"] == self._connect.namespace
+    def _actor_names(self) -> list[str]:
+        """Of every cluster of this name."""
+        entries = ray.util.list_named_actors(all_namespaces=True)
+        return [entry["name"] for entry in entries if entry["namespace"] == self._connect.namespace]
+
+
+def actor_name(cluster_id: str, worker_name: str) -> str:
+    """In Ray, within the namespace of the clusters of one name."""
+    return f"{cluster_id}:{worker_name}"
+
+
+def owner_of(name: str) -> str:
+    """The id of the cluster whose actor is called `name`."""
+    return name.rpartition(":")[0]
 
 
 def gpu_share(memory_bytes: int, gpu_bytes: tuple[int, ...], index: int) -> float:

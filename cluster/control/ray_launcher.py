@@ -15,81 +15,33 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from cluster.config import Settings
-from cluster.control.launch import COMMAND, logs_folder
+from cluster.control.identity import cluster_id, kept_id
+from cluster.control.launch import COMMAND
 from cluster.control.launcher import record_of
 from cluster.control.placement import PlacedWorker
+from cluster.control.ray_messages import CALL_TIMEOUT_S, Call, Connect, RayNode, Reply, Target
 from cluster.control.topology import MEMORY_SHARE, Device, Node, Topology
-from cluster.environment import PACKAGES, child_environment, ray_variables
-from cluster.errors import ForetokenError, UnavailableError, by_code
-from cluster.protocol import Announcement, Launch, Message
-from cluster.store.records import WorkerRecord
+from cluster.control.worker_folders import logs_folder
+from cluster.environment import child_environment, ray_variables
+from cluster.errors import ForetokenError, StoreUnavailableError, UnavailableError, by_code
+from cluster.protocol import Announcement, Launch
+from cluster.store.records import UNREADABLE, WorkerRecord
 
 logger = logging.getLogger(__name__)
 
 BRIDGE = (sys.executable, "-P", "-m", "cluster.control.ray_bridge")
 CONNECT_TIMEOUT_S = 8.0  # so long after the first start calls wait for the bridge; later ones fail at once
 GIVE_UP_TIMEOUT_S = 3.0  # for a start that was cancelled
-CALL_TIMEOUT_S = 20.0  # for one answer, besides a worker's own start
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.5, 5.0  # before a bridge that ended is started again
+PROBE_S = 0.5  # between two looks whether Ray's head is back: cheaper than a bridge, which imports Ray first
+PROBE_TIMEOUT_S = 1.0
 LINE_LIMIT_BYTES = 2**22
 LOCAL_HOST = "127.0.0.1"
-
-
-class Target(Message, frozen=True):
-    """A worker's process, or the one to be."""
-
-    name: str
-    node_id: str
-    pid: int = 0
-    memory_bytes: int = 0
-    device_id: str = "cpu"
-
-
-class Connect(Message, frozen=True, tag="connect"):
-    """The bridge's first line: where Ray is, and what every worker needs."""
-
-    namespace: str
-    address: str | None  # None: as RAY_ADDRESS says, or the Ray that runs on this machine
-    host: str | None  # that workers listen on; None: their node's own address
-    logs_dir: str
-    start_timeout_s: float
-    command: tuple[str, ...]
-    packages: str = str(PACKAGES)  # our code on this machine
-
-
-class Call(Message, frozen=True):
-    """One question; several may be open."""
-
-    id: int
-    method: Literal["nodes", "start", "adopt", "is_running", "stop", "end_all"]
-    target: Target | None = None
-    launch: str | None = None  # a `Launch` as JSON
-    kill: bool = False
-    timeout_s: float = CALL_TIMEOUT_S
-
-
-class RayNode(Message, frozen=True):
-    """A node as Ray knows it."""
-
-    name: str
-    machine: str  # its address: nodes with one address share a machine
-    num_cores: int
-    memory_bytes: int
-    gpu_bytes: tuple[int, ...] = ()  # of each GPU, by index
-
-
-class Reply(Message, frozen=True):
-    """The answer to the call of that id; id 0: whether the connection stands."""
-
-    id: int
-    result: msgspec.Raw = msgspec.Raw(b"null")
-    error_code: str | None = None  # of `cluster.errors`
-    error_message: str = ""
 
 
 T = TypeVar("T")
@@ -109,7 +61,7 @@ class RayLauncher:
         """`command` starts a worker; `address` is Ray's (None: RAY_ADDRESS, or the Ray that runs here)."""
         self._settings = settings
         self._connect = Connect(
-            namespace=f"foretoken-{settings.cluster_name}",
+            cluster_name=settings.cluster_name,
             address=address or environment.get("RAY_ADDRESS"),
             host=LOCAL_HOST if settings.local else None,
             logs_dir=str(logs_folder(settings)),
@@ -117,6 +69,7 @@ class RayLauncher:
             command=tuple(command),
         )
         self._environment = child_environment(environment, ray_variables(environment))
+        self._cluster_id: str | None = None  # not known yet
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._connected = asyncio.Event()
@@ -139,6 +92,10 @@ class RayLauncher:
         nodes = await self._call("nodes", list[RayNode])
         return Topology(tuple(to_node(node) for node in nodes))
 
+    async def check_alone(self) -> None:
+        """Raises `ConfigError` where another cluster of this one's name has workers on this Ray."""
+        await self._ask("check_alone", type(None))
+
     async def start(self, worker: PlacedWorker, launch: Launch) -> WorkerRecord:
         target = Target(
             name=worker.id, node_id=worker.node_id, memory_bytes=worker.memory_bytes, device_id=worker.device_id
@@ -146,34 +103,47 @@ class RayLauncher:
         timeout_s = self._settings.start_timeout_s + CALL_TIMEOUT_S
         text = msgspec.json.encode(launch).decode()
         try:
-            announced = await self._call("start", Announcement, target=target, launch=text, timeout_s=timeout_s)
+            announced = await self._ask("start", Announcement, target=target, launch=text, timeout_s=timeout_s)
         except asyncio.CancelledError:
             with contextlib.suppress(ForetokenError):  # nobody would know of it
-                await self._call("stop", type(None), target=target, kill=True, timeout_s=GIVE_UP_TIMEOUT_S)
+                await self._ask("stop", type(None), target=target, kill=True, timeout_s=GIVE_UP_TIMEOUT_S)
             raise
         return record_of(worker, announced)
 
     async def adopt(self, record: WorkerRecord) -> bool:
-        return await self._call("adopt", bool, target=_target(record))
+        return await self._ask("adopt", bool, target=_target(record))
 
     async def is_running(self, record: WorkerRecord) -> bool:
-        return await self._call("is_running", bool, target=_target(record))
+        return await self._ask("is_running", bool, target=_target(record))
 
     async def stop(self, record: WorkerRecord, *, kill: bool) -> None:
-        await self._call("stop", type(None), target=_target(record), kill=kill)
+        await self._ask("stop", type(None), target=_target(record), kill=kill)
 
     async def end_all(self, timeout_s: float) -> int:
         """End every worker that this cluster's actors watch, one that starts just now included; how many there were.
 
-        SIGTERM first, SIGKILL to what still runs after `timeout_s`.
+        SIGTERM first, SIGKILL to what still runs after `timeout_s`. A store that is away does not keep it from that.
         """
-        return await self._call("end_all", int, timeout_s=timeout_s + CALL_TIMEOUT_S)
+        try:
+            found = await self._find_cluster_id()
+        except StoreUnavailableError:
+            found = kept_id(self._settings)
+        return await self._call("end_all", int, cluster_id=found, timeout_s=timeout_s + CALL_TIMEOUT_S)
 
     async def close(self) -> None:
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
             self._keeper = None
+
+    async def _ask(self, method: Any, result: type[T], **fields: Any) -> T:
+        """`_call` what is about this cluster's actors; raises `StoreUnavailableError` while it is not known which."""
+        return await self._call(method, result, cluster_id=await self._find_cluster_id(), **fields)
+
+    async def _find_cluster_id(self) -> str:
+        if self._cluster_id is None:
+            self._cluster_id = await cluster_id(self._settings)
+        return self._cluster_id
 
     async def _call(self, method: Any, result: type[T], **fields: Any) -> T:
         """Ask the bridge; raises `UnavailableError` where it is not there, or what it answered."""
@@ -195,7 +165,10 @@ class RayLauncher:
             self._open.pop(call.id, None)
         if reply.error_code is not None:
             raise by_code(reply.error_code)(reply.error_message)
-        return msgspec.json.decode(reply.result, type=result)
+        try:
+            return msgspec.json.decode(reply.result, type=result)
+        except UNREADABLE as error:
+            raise UnavailableError(f"the bridge's answer to {method} cannot be read: {error}") from None
 
     async def _wait_connected(self) -> None:
         if self._keeper is None:
@@ -214,14 +187,37 @@ class RayLauncher:
         while True:
             was_connected = False
             try:
+                await self._wait_listening()
                 was_connected = await self._run_bridge()
             except OSError as error:
                 self._why = f"the bridge could not be started: {error}"
             pause_s = FIRST_PAUSE_S if was_connected else min(2 * pause_s, LAST_PAUSE_S)
             await asyncio.sleep(pause_s)
 
+    async def _wait_listening(self) -> None:
+        """Until something answers at Ray's address, where it names a host and a port."""
+        address = self._connect.address or ""
+        host, _, port = address.rpartition(":")
+        while host and "/" not in host and port.isdigit():
+            try:
+                async with asyncio.timeout(PROBE_TIMEOUT_S):
+                    _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+            except OSError as error:  # a `TimeoutError` is one
+                self._lack(f"nothing answers at {address}: {error or 'no answer'}")
+                await asyncio.sleep(PROBE_S)
+            else:
+                writer.close()
+                return
+
+    def _lack(self, why: str) -> None:
+        """Ray cannot be reached, and why."""
+        if self._why != why:
+            logger.warning("Ray cannot be reached: %s", why)
+        self._why = why
+        self._tried.set()
+
     async def _run_bridge(self) -> bool:
-        """One bridge until it ends; whether it was connected."""
+        """One bridge until it ends, or is ended for what it says; whether it was connected and only lost Ray."""
         self._process = process = await asyncio.create_subprocess_exec(
             *BRIDGE,
             stdin=asyncio.subprocess.PIPE,
@@ -233,6 +229,7 @@ class RayLauncher:
         assert process.stdin is not None
         assert process.stdout is not None
         was_connected = False
+        unreadable = ""
         try:
             process.stdin.write(msgspec.json.encode(self._connect) + b"\n")
             while line := await process.stdout.readline():
@@ -243,18 +240,20 @@ class RayLauncher:
                     self._connected.set()
                     self._tried.set()
                 elif reply.id == 0:
-                    if self._why != reply.error_message:
-                        logger.warning("Ray cannot be reached: %s", reply.error_message)
-                    self._why = reply.error_message
-                    self._tried.set()
+                    self._lack(reply.error_message)
                 elif (future := self._open.get(reply.id)) is not None and not future.done():
                     future.set_result(reply)
+        except UNREADABLE as error:  # a line that is too long is a `ValueError`
+            unreadable = str(error)
         finally:
             self._connected.clear()
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             code = await process.wait()
             self._lose_calls()
+        if unreadable:
+            self._lack(f"the bridge to Ray said what cannot be read ({unreadable}); another one is started")
+            return False  # the next one may be no better: the pauses grow
         if was_connected:
             self._why = "the bridge to Ray ended, as it does when Ray's head stays away"
             logger.warning("%s; trying to reach Ray again", self._why)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cluster.control.launch import MAX_EQUAL_START_FAILURES, STABLE_S, backoff_s
-from cluster.errors import ForetokenError, StartRefusedError, UnavailableError
+from cluster.control.failures import Failures, backoff_s
+from cluster.errors import ForetokenError, StartImpossibleError, UnavailableError
 from cluster.store.records import StartFailure
 
 RARE_S = 30.0  # between two tries of a start that failed in one way again and again
@@ -14,9 +14,8 @@ RARE_S = 30.0  # between two tries of a start that failed in one way again and a
 
 @dataclass
 class _Record:
-    num_failures: int = 0  # deaths and failed starts in a row
+    failures: Failures
     failure: StartFailure | None = None  # why the last start failed; None: it did not, or not for a reason of its own
-    num_equal: int = 0  # failed starts in a row that failed in this way
     rest_until_s: float = 0.0
 
 
@@ -28,24 +27,23 @@ class Restarts:
     _records: dict[str, _Record] = field(default_factory=dict)
 
     def note_death(self, name: str, now_s: float, lived_s: float) -> None:
-        record = self._records.setdefault(name, _Record())
-        record.num_failures = 1 if lived_s > STABLE_S else record.num_failures + 1
-        record.rest_until_s = now_s + self.backoff(record.num_failures)
+        record = self._record(name)
+        record.failures.note_death(lived_s)
+        record.rest_until_s = now_s + record.failures.pause_s
 
     def note_failure(self, name: str, now_s: float, error: ForetokenError) -> None:
         """A start failed; with `UnavailableError` itself for no reason of its own: its launcher cannot be reached."""
-        record = self._records.setdefault(name, _Record())
-        record.num_failures += 1
-        before, record.failure = record.failure, None
+        record = self._record(name)
+        record.failures.note_failed_start(error)
+        record.failure = None
         if type(error) is not UnavailableError:
             record.failure = StartFailure(code=error.code, message=error.message, worker=name)
-        record.num_equal = record.num_equal + 1 if _is_alike(before, record.failure) else 1
-        is_hopeless = record.num_equal >= MAX_EQUAL_START_FAILURES
-        record.rest_until_s = now_s + (RARE_S if is_hopeless else self.backoff(record.num_failures))
+        record.rest_until_s = now_s + (RARE_S if record.failures.is_hopeless else record.failures.pause_s)
 
     def note_start(self, name: str) -> None:
-        record = self._records.setdefault(name, _Record())
-        record.failure, record.num_equal = None, 0
+        record = self._record(name)
+        record.failures.note_start()
+        record.failure = None
 
     def resting(self, now_s: float) -> frozenset[str]:
         """Those that are not to be started yet."""
@@ -53,14 +51,15 @@ class Restarts:
 
     def failures(self) -> tuple[StartFailure, ...]:
         """Why workers do not start, where they keep failing in one way."""
-        hopeless = (
-            record for _, record in sorted(self._records.items()) if record.num_equal >= MAX_EQUAL_START_FAILURES
-        )
+        hopeless = (record for _, record in sorted(self._records.items()) if record.failures.is_hopeless)
         return tuple(record.failure for record in hopeless if record.failure is not None)
 
+    def problem(self) -> str | None:
+        """The first of `failures` in words."""
+        for failure in self.failures():
+            never = ", and would not by being tried again" if failure.code == StartImpossibleError.code else ""
+            return f"{failure.worker} does not start{never}: {failure.message}"
+        return None
 
-def _is_alike(one: StartFailure | None, other: StartFailure | None) -> bool:
-    """Where a worker says itself why it refuses, the numbers in its words may be others each time."""
-    if one is None or other is None or one.code != other.code:
-        return False
-    return one.code == StartRefusedError.code or one.message == other.message
+    def _record(self, name: str) -> _Record:
+        return self._records.setdefault(name, _Record(Failures(self.backoff)))

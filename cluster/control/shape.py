@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.control.launch import LAST_WORD, TAIL_LINES
+from cluster.control.last_words import last_lines, last_word
 from cluster.environment import child_environment
 from cluster.errors import CheckpointError
 from cluster.protocol import ModelShape
@@ -32,7 +32,5 @@ def describe(model_path: Path, device: str) -> ModelShape:
     except subprocess.TimeoutExpired:
         raise CheckpointError(f"{model_path} was not read within {TIMEOUT_S:g} s") from None
     if done.returncode != 0:
-        last_word = LAST_WORD.search(done.stderr)
-        said = last_word[1] if last_word else b"\n".join(done.stderr.splitlines()[-TAIL_LINES:])
-        raise CheckpointError(said.decode(errors="replace").strip())
+        raise CheckpointError(last_word(done.stderr) or last_lines(done.stderr))
     return msgspec.json.decode(done.stdout, type=ModelShape)

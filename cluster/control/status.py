@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import msgspec
@@ -9,7 +10,7 @@ import msgspec
 from cluster.control.plan import Observed, Plan, Seen, Terms, is_live
 from cluster.errors import PlacementError
 from cluster.protocol import EngineState, Lead
-from cluster.store.records import ClusterStatus, NodeStatus, StartFailure, WorkerStatus
+from cluster.store.records import ClusterStatus, LeftOut, NodeStatus, StartFailure, WorkerStatus
 
 
 def cluster_status(
@@ -66,7 +67,35 @@ def cluster_status(
         workers=tuple(sorted(workers, key=lambda worker: (worker.role, len(worker.name), worker.name))),
         problem=problem,
         failures=failures,
+        left_out=_left_out(terms, seen, plan),
     )
+
+
+def _left_out(terms: Terms, seen: Observed, plan: Plan) -> tuple[LeftOut, ...]:
+    if plan.placement is None or plan.place_problem is not None:
+        return ()
+    size = terms.demand.expert_bytes
+    placed = {(worker.id, worker.node_id) for worker in plan.placement.workers}
+    found: list[LeftOut] = []
+    for name, worker in seen.workers.items():
+        record = worker.record
+        if (name, record.node_id) not in placed:
+            found.append(
+                LeftOut(worker=name, reason="it has no place any more, and ends when nobody asks it for experts")
+            )
+        elif record.role == "expert" and record.memory_bytes < size:
+            reason = (
+                f"it has room for {record.memory_bytes} bytes of experts, and one takes {size}: give it more memory"
+            )
+            found.append(LeftOut(worker=name, reason=reason))
+    if seen.starts_workers:
+        reason = f"beside the other workers no node has room for another one's first expert ({size} bytes): add memory"
+        experts = plan.placement.of_role("expert")
+        missing = max(0, terms.demand.num_expert_workers - len(experts))
+        used = seen.workers.keys() | {worker.id for worker in experts}
+        unused = (name for index in itertools.count() if (name := f"expert-{index}") not in used)
+        found += [LeftOut(worker=name, reason=reason) for name in itertools.islice(unused, missing)]
+    return tuple(found)
 
 
 def conditions(status: ClusterStatus) -> ClusterStatus:

@@ -13,11 +13,12 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.control.launch import STABLE_S, TAIL_LINES, backoff_s
+from cluster.control.failures import Failures, backoff_s
+from cluster.control.last_words import last_lines, tail
 from cluster.environment import MARK
 from cluster.errors import WorkerLostError
 
@@ -27,6 +28,7 @@ POLL_S = 0.05
 GRACE_S = 5.0
 OUTPUT_BYTES = 2**16
 SWEEP_TIMEOUT_S = 5.0  # from SIGKILL until processes are gone
+LAST_PAUSE_S = 2.0  # the longest before it is started again: a cluster has only one of each
 MAX_LOG_BYTES = 16 * 2**20  # a log that is longer when its process starts is put aside
 
 
@@ -41,6 +43,9 @@ class Child:
     stdin: bytes = field(default=b"", repr=False)  # what it reads; without it a pipe that ends when this process does
     grace_s: float = GRACE_S  # it may take so long to end; 0: it has nothing to bring to an end
     on_change: Callable[[], None] = lambda: None  # it has another process id now, or none
+    is_answering: Callable[[float], Awaitable[bool]] | None = None  # within seconds; None: there is nothing to ask
+    before_start: Callable[[], None] = lambda: None
+    may_start: Callable[[], bool] = lambda: True  # again, after a death: what it needs is there
     log_start: int = 0  # where in the log its present process began
     _process: subprocess.Popen[bytes] | None = None
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
@@ -52,18 +57,16 @@ class Child:
     @property
     def output(self) -> str:
         """What its present process printed, of that the end."""
-        with contextlib.suppress(OSError), self.log_path.open("rb") as log:
-            log.seek(max(self.log_start, os.fstat(log.fileno()).st_size - OUTPUT_BYTES))
-            return log.read().decode("utf-8", errors="replace")
-        return ""
+        return tail(self.log_path, OUTPUT_BYTES, self.log_start).decode("utf-8", errors="replace")
 
     @property
     def last_lines(self) -> str:
-        return "\n".join([line for line in self.output.splitlines() if line.strip()][-TAIL_LINES:])
+        return last_lines(tail(self.log_path, OUTPUT_BYTES, self.log_start))
 
     def start(self) -> None:
         """Raises `WorkerLostError` where there is no such program, or no room for its log."""
         try:
+            self.before_start()
             with contextlib.suppress(FileNotFoundError):
                 if self.log_path.stat().st_size > MAX_LOG_BYTES:
                     self.log_path.replace(self.log_path.with_name(f"{self.log_path.name}.1"))
@@ -94,20 +97,23 @@ class Child:
             )
 
     async def keep_up(self) -> None:
-        """Start it again whenever it dies, after growing pauses, until it is stopped."""
-        num_failures = 0
+        """Start it again whenever it dies, after growing pauses and once it may, until it is stopped."""
+        failures = Failures(lambda num_in_a_row: min(LAST_PAUSE_S, backoff_s(num_in_a_row)))
         while not self._stopping.is_set():
             started = time.monotonic()
             while self.pid is not None:
                 if await self._stopped_within(POLL_S):
                     return
             self.on_change()
-            num_failures = 1 if time.monotonic() - started > STABLE_S else num_failures + 1
+            failures.note_death(time.monotonic() - started)
             code = None if self._process is None else self._process.returncode
-            self.end_session()
+            await asyncio.to_thread(self.end_session)
             logger.error("%s ended (exit code %s, see %s); starting it again", self.name, code, self.log_path)
-            if await self._stopped_within(backoff_s(num_failures)):
+            if await self._stopped_within(failures.pause_s):
                 return
+            while not self.may_start():
+                if await self._stopped_within(POLL_S):
+                    return
             try:
                 self.start()
             except WorkerLostError as error:
@@ -137,10 +143,10 @@ class Child:
                 await asyncio.sleep(POLL_S)
             if self.pid is not None:
                 logger.warning("%s did not end within %g s and was killed", self.name, self.grace_s)
-        self.end_session()
+        await asyncio.to_thread(self.end_session)
 
     def end_session(self) -> None:
-        """SIGKILL to the child and to all that it started in its session."""
+        """SIGKILL to the child and to all that it started in its session, and wait for the child; blocks."""
         if self._process is None:
             return
         for pid in in_session(self._process.pid):
@@ -173,7 +179,7 @@ def marked(run_id: str, folder: str = "") -> list[int]:
 
 
 def sweep(run_id: str, folder: str = "") -> int:
-    """End every process that is `marked` (SIGKILL) and wait until they are gone; how many there were."""
+    """End every process that is `marked` (SIGKILL) and wait until they are gone; how many there were. Blocks."""
     seen: set[int] = set()
     deadline = time.monotonic() + SWEEP_TIMEOUT_S
     while (found := marked(run_id, folder)) and time.monotonic() < deadline:

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from cluster.config import Settings
-from cluster.control.launch import logs_folder
+from cluster.control.worker_folders import logs_folder
 from cluster.errors import ConfigError, PlacementError, by_code
 from cluster.protocol import Lead
 from cluster.store.records import ClusterStatus

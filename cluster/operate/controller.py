@@ -20,6 +20,7 @@ from cluster.control.model import find_model
 from cluster.control.pod_launcher import PodLauncher
 from cluster.control.ray_launcher import RayLauncher
 from cluster.control.shape import describe
+from cluster.control.topology import Node
 from cluster.errors import ConfigError, UnavailableError
 from cluster.event_loop import loop_factory
 from cluster.machine import this_machine
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_LOST_LEAD = 3
 PULSE_NAME = "controller.pulse"
+NODES_TIMEOUT_S = 10.0
 ORPHAN_SHARE = 0.25  # of the time after which workers end: the rest is for the next controller to come
 
 
@@ -68,9 +70,10 @@ async def _lead(
     on_signals(stop, lambda: os._exit(EXIT_AT_ONCE))
     store = open_store(store_url.get_secret_value(), namespace=settings.cluster_name)
     launcher: Launcher = PodLauncher(store) if pods else RayLauncher(settings)
+    nodes = asyncio.create_task(_nodes(launcher))  # the bridge to Ray takes as long to start as a model to be read
     try:
         model = await pulse.during(asyncio.to_thread(find_model, settings))
-        device = await pulse.during(_device(settings, launcher))
+        device = await pulse.during(_device(settings, nodes))
         controller = Controller(
             settings,
             store=store,
@@ -86,18 +89,28 @@ async def _lead(
         logger.error("this controller steps down: %s", error)
         return EXIT_LOST_LEAD
     finally:
+        nodes.cancel()
+        await asyncio.gather(nodes, return_exceptions=True)
         await launcher.close()
         await store.close()
     return 0
 
 
-async def _device(settings: Settings, launcher: Launcher) -> str:
-    """What kind of device the workers will be on: weights may be larger on one than on another."""
-    if settings.device != "auto":
-        return settings.device
+async def _nodes(launcher: Launcher) -> tuple[Node, ...]:
+    """Those of the first look, if any; what stands between us and them is told of by later ones."""
     try:
-        nodes = (await launcher.topology()).nodes
+        return (await launcher.topology()).nodes
     except UnavailableError:
-        return "auto"
-    kinds = {device.kind for node in nodes for device in node.compute_devices}
+        return ()
+
+
+async def _device(settings: Settings, nodes: asyncio.Task[tuple[Node, ...]]) -> str:
+    """What kind of device the workers will be on: weights may be larger on one than on another.
+
+    Workers may be waiting for a controller, so that nodes that cannot be seen now are not waited for.
+    """
+    if settings.device != "auto" or settings.local is not None:  # all nodes are this machine
+        return settings.device
+    await asyncio.wait({nodes}, timeout=NODES_TIMEOUT_S)
+    kinds = {device.kind for node in nodes.result() for device in node.compute_devices} if nodes.done() else set()
     return "cuda" if "cuda" in kinds else "cpu" if kinds else "auto"

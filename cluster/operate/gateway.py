@@ -20,10 +20,10 @@ from cluster.config import Settings
 from cluster.control.model import Model, find_model
 from cluster.errors import ConfigError, DeadlineError
 from cluster.event_loop import loop_factory
+from cluster.gateway.discovery import WorkerDiscovery
 from cluster.gateway.pool import WorkerPool
-from cluster.gateway.registry import WorkerRegistry
 from cluster.gateway.status import StoreStatus
-from cluster.serve import EXIT_AT_ONCE, announce, base_url, listen, on_signals, serve_http
+from cluster.serve import EXIT_AT_ONCE, announce, base_url, listen, on_signals, serve_http, with_keys
 from cluster.store import open_store
 from cluster.store.base import Store
 
@@ -44,6 +44,7 @@ def run(settings: Settings) -> int:
         )
     with listen(settings.host, settings.port) as listener:
         store = open_store(settings.store.get_secret_value(), namespace=settings.cluster_name)
+        settings = with_keys(settings, listener)
         model = find_model(settings)
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(serve(settings, model, store, listener, started))
@@ -59,14 +60,14 @@ async def serve(settings: Settings, model: Model, store: Store, listener: socket
     pool = WorkerPool(token=token, lease_s=settings.lease_s)
     url = base_url(listener)
     logger.info("listening on %s for the cluster %s", url, settings.cluster_name)
-    registry = asyncio.create_task(WorkerRegistry(store, pool).run())
+    discovery = asyncio.create_task(WorkerDiscovery(store, pool).run())
     greeting = asyncio.create_task(_announce(settings, pool, url, started))
     try:
-        await serve_http(settings, model, pool, StoreStatus(store), listener, stop, registry)
+        await serve_http(settings, model, pool, StoreStatus(store), listener, stop, discovery)
     finally:
-        for task in (registry, greeting):
+        for task in (discovery, greeting):
             task.cancel()
-        await asyncio.gather(registry, greeting, return_exceptions=True)
+        await asyncio.gather(discovery, greeting, return_exceptions=True)
         await store.close()
 
 

@@ -45,7 +45,7 @@ def kill_workers(files: ClusterFiles) -> None:
 
 
 def clean_up(files: ClusterFiles) -> int:
-    """End what a dead supervisor left on this machine; how many processes that were. Its lock must be held."""
+    """End what a dead supervisor left on this machine; how many processes that were; blocks. Its lock must be held."""
     state = files.read()
     num_ended = len(_workers(files))
     kill_workers(files)

@@ -1,4 +1,4 @@
-"""Whether a process hangs, from outside: a worker answers `State`, a loop that decides beats on a file.
+"""Whether a process hangs, from outside: one that serves answers a question, a loop that decides beats on a file.
 
 A worker's event loop answers whatever its engine does, and a load beside it. A file's beat is given by the loop itself,
 where it goes round: an event loop that runs on beside it does not count.
@@ -7,6 +7,7 @@ where it goes round: an event loop that runs on beside it does not count.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -18,7 +19,7 @@ import grpc
 import grpc.aio
 
 from cluster.channel import CHANNEL_OPTIONS, call_metadata
-from cluster.control.launch import WorkerProcess
+from cluster.control.worker_process import WorkerProcess
 from cluster.operate.children import Child
 from cluster.protocol import STATE_METHOD
 from cluster.silence import ListeningTime
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 LOOKS = 20  # at the process within `patience_s`
 BEAT_S = 0.5  # between two beats
-BEGIN_S = 60.0  # until a process's first beat
+BEGIN_S = 60.0  # until a process's first answer or beat
 
 T = TypeVar("T")
 
@@ -96,31 +97,52 @@ async def end_hung(worker: WorkerProcess, token: str | None, patience_s: float) 
 
 
 async def end_without_beat(child: Child, path: Path, patience_s: float) -> None:
-    """Kill the process of `child` whenever its `Pulse` at `path` was silent for `patience_s`; `keep_up` starts it anew.
-
-    It may take `BEGIN_S` until its first beat. Runs until cancelled; a child that is to end is left alone.
-    """
-    clock = time.monotonic
-    started = (0, 0.0)  # a process, and when it was first seen
+    """`end_silent` by the `Pulse` at `path`."""
     seen: tuple[str, int] | None = None
 
-    def pid() -> int | None:
-        nonlocal started
-        found = None if child.is_given_up else child.pid
-        if found is not None and found != started[0]:
-            started = (found, clock())
-        return found
-
-    async def ask() -> bool:
+    async def has_beaten(pid: int) -> bool:
         nonlocal seen
         try:
             now = (path.read_text(encoding="ascii"), path.stat().st_mtime_ns)
         except (OSError, ValueError):
-            now = ("", 0)
-        if now[0] != str(started[0]):
-            return clock() - started[1] < BEGIN_S
+            return False
+        if now[0] != str(pid):  # its predecessor's
+            return False
         before, seen = seen, now
         return now != before
+
+    await end_silent(child, has_beaten, patience_s)
+
+
+async def end_unanswering(child: Child, is_answering: Callable[[float], Awaitable[bool]], patience_s: float) -> None:
+    """`end_silent` by a question that is given so many seconds."""
+    await end_silent(child, lambda _: is_answering(patience_s), patience_s)
+
+
+async def end_silent(child: Child, ask: Callable[[int], Awaitable[bool]], patience_s: float) -> None:
+    """Kill the process of `child` whenever it was silent for `patience_s`; `keep_up` starts it anew.
+
+    `ask` gets its process id and says whether it answered, and may take its time over it. The process may take
+    `BEGIN_S` until its first answer. Runs until cancelled; a child that is to end is left alone.
+    """
+    clock = time.monotonic
+    process, since_s, has_begun = 0, 0.0, False
+
+    def pid() -> int | None:
+        nonlocal process, since_s, has_begun
+        found = None if child.is_given_up else child.pid
+        if found is not None and found != process:
+            process, since_s, has_begun = found, clock(), False
+        return found
+
+    async def answers() -> bool:
+        nonlocal has_begun
+        if has_begun:
+            return await ask(process)
+        with contextlib.suppress(TimeoutError):  # what is yet to begin may leave a question lying
+            async with asyncio.timeout(patience_s / 2):
+                has_begun = await ask(process)
+        return has_begun or clock() - since_s < BEGIN_S
 
     def kill() -> None:
         logger.error(
@@ -128,7 +150,7 @@ async def end_without_beat(child: Child, path: Path, patience_s: float) -> None:
         )
         child.kill()
 
-    await watch_pulse(pid, ask, kill, patience_s)
+    await watch_pulse(pid, answers, kill, patience_s)
 
 
 async def watch_pulse(

@@ -2,21 +2,37 @@
 
 They share the machine's free memory evenly and show each other a token. The head keeps its tables on disk (RocksDB), so
 that one that is started again is the same cluster: nodes join it, and named actors are found.
+
+A node that hangs cannot end itself: Ray counts it as lost after its own health checks, and nothing takes its place.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import platform
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
+import grpc
+import grpc.aio
+
+from cluster.channel import CHANNEL_OPTIONS
 from cluster.environment import child_environment, ray_variables
 from cluster.machine import Machine, free_port
 from cluster.operate.children import Child
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts", "start")
 STARTED = "Ray runtime started"  # `ray start` prints it once the node runs
+PROBE_TIMEOUT_S = 0.2
+# Where a head leaves its address. While it is there, and others' raylets show that address on their command lines, the
+# next head takes them for a head that runs, and does not start until all of them have given up.
+ADDRESS_FILE = "ray_current_cluster"
+HEALTH_METHOD = "/grpc.health.v1.Health/Check"
+SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 OBJECT_STORE_BYTES = 80_000_000  # about the least that Ray takes: no tensor goes through it
 
 
@@ -29,6 +45,7 @@ def node_environment(
         **mark,
         **access(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_prestart_worker_first_driver": "0",  # processes for tasks, of which there are none
         "RAY_worker_niceness": "0",  # workers inherit it from their actors: behind everything else they would starve
         "RAY_gcs_storage": "rocksdb",
         "RAY_gcs_storage_path": str(folder / "gcs"),
@@ -59,9 +76,11 @@ def node_children(
     client_port, dashboard_port = free_port(), free_port()
     children = []
     for i, name in enumerate(node_names(num_nodes)):
+        node_port = free_port()
         options = [
             "--block",
             f"--node-name={name}",
+            f"--node-manager-port={node_port}",
             f"--num-cpus={machine.num_usable_cores}",
             f"--memory={machine.available_bytes // num_nodes}",
             f"--object-store-memory={OBJECT_STORE_BYTES}",
@@ -76,16 +95,46 @@ def node_children(
             options += [
                 "--head",
                 f"--port={port}",
-                f"--ray-client-server-port={client_port}",
                 f"--dashboard-port={dashboard_port}",
                 "--include-dashboard=false",
+                f"--ray-client-server-port={client_port}",
+                "--no-monitor",  # an autoscaler has nothing to do here, and its start would be in the others' way
             ]
         else:
             options.append(f"--address=127.0.0.1:{port}")
-        children.append(Child(f"ray-{i}", (*RAY, *options), environment, logs / f"ray-{i}.log", grace_s=0.0))
+        child = Child(f"ray-{i}", (*RAY, *options), environment, logs / f"ray-{i}.log", grace_s=0.0)
+        if i == 0:
+            child.before_start = partial((folder / "r0" / ADDRESS_FILE).unlink, missing_ok=True)
+        else:  # without a head it would fail after a while, and just then the head may be back
+            child.may_start = partial(is_listening, port)
+        child.is_answering = partial(are_answering, (port, node_port) if i == 0 else (node_port,))
+        children.append(child)
     return children
 
 
 def is_started(node: Child) -> bool:
     """Whether the node runs."""
     return STARTED in node.output
+
+
+def is_listening(port: int) -> bool:
+    """Whether something listens at this port of this machine."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=PROBE_TIMEOUT_S):
+        return True
+    return False
+
+
+async def are_answering(ports: Iterable[int], timeout_s: float) -> bool:
+    """Whether the gRPC servers at these ports of this machine all answer; a refusal is an answer."""
+    return all(await asyncio.gather(*(_is_answering(port, timeout_s) for port in ports)))
+
+
+async def _is_answering(port: int, timeout_s: float) -> bool:
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:
+            await channel.unary_unary(HEALTH_METHOD)(b"", timeout=timeout_s)
+    except grpc.aio.AioRpcError as error:
+        return error.code() not in SILENT
+    except grpc.aio.UsageError:
+        return False
+    return True

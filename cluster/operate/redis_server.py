@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 import socket
@@ -11,7 +12,7 @@ from urllib.parse import quote
 
 from pydantic import SecretStr
 
-from cluster.control.launch import MAX_SOCKET_PARENT
+from cluster.control.worker_folders import MAX_SOCKET_PARENT
 from cluster.errors import ConfigError
 from cluster.operate.children import Child
 
@@ -54,13 +55,14 @@ def redis_child(
     secret = password.get_secret_value()
     config = OPTIONS.format(socket=path, password=secret, folder=data)
     child = Child("redis", (program, "-"), environment, log_path, stdin=config.encode())
+    child.is_answering = lambda timeout_s: asyncio.to_thread(is_answering, folder, timeout_s)
     return child, SecretStr(f"unix://:{quote(secret, safe='')}@{path}?db=0")
 
 
-def is_answering(folder: Path) -> bool:
-    """Whether the server takes commands: it refuses ours, which has no password."""
+def is_answering(folder: Path, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
+    """Whether the server takes commands: it refuses ours, which has no password. Blocks."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(PROBE_TIMEOUT_S)
+        connection.settimeout(timeout_s)
         connection.connect(str(folder / SOCKET))
         connection.sendall(b"PING\r\n")
         return connection.recv(16).startswith(b"-NOAUTH")

@@ -12,7 +12,7 @@ from rich.console import Console
 from cluster.config import Settings
 from cluster.control.placement import GIB
 from cluster.operate.state_file import ClusterFiles, SupervisorState
-from cluster.serve import curl_line
+from cluster.serve import curl_line, needs_key
 from cluster.store.records import STALE_S, ClusterStatus, WorkerStatus
 from cluster.tables import print_rows
 
@@ -87,15 +87,17 @@ def print_status(
         print()
         children = sorted(state.children.items())
         print_rows([("PROCESS", "PID"), *((name, str(pid)) for name, pid in children)], console=console)
+    for left_out in status.left_out:
+        print(f"\nleft out: {left_out.worker}: {left_out.reason}")
     if status.problem:
         print(f"\nproblem: {status.problem}")
     if age_s > STALE_S:
         print(f"\nthis is {age_s:.0f} s old: the controller does not write")
 
 
-def announce(status: ClusterStatus, url: str, settings: Settings, logs: Path, start_s: float) -> None:
+def announce_cluster(status: ClusterStatus, url: str, settings: Settings, logs: Path, start_s: float) -> None:
     """The start-up summary: tables on a terminal, log lines otherwise."""
-    curl = curl_line(url, status.model)
+    curl = curl_line(url, status.model, needs_key(settings))
     if settings.log_format == "json" or not sys.stdout.isatty():
         for row in node_rows(status)[1:]:
             logger.info("node %s", "  ".join(filter(None, row)))

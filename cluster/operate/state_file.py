@@ -6,23 +6,19 @@ The lock is held as long as the supervisor lives, however it ends; the file hold
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 
 from cluster.config import Settings
-from cluster.control.launch import logs_folder
+from cluster.control.worker_folders import logs_folder
 from cluster.errors import ConfigError
+from cluster.files import LockedError, is_locked, locked, write_whole
 from cluster.protocol import Message
 from cluster.store.records import UNREADABLE
 
-POLL_S = 0.1
 DEFAULT_NAME = Settings.model_fields["cluster_name"].default
-SECRET_FILE, SECRET_FOLDER = 0o600, 0o700
+SECRET_FOLDER = 0o700
 
 
 class SupervisorState(Message, frozen=True):
@@ -33,6 +29,7 @@ class SupervisorState(Message, frozen=True):
     folder: str  # sockets and what else lasts as long as the cluster
     url: str  # of the gateway
     store: str  # with its password
+    drain_timeout_s: float  # that it was started with: its end may take so long
     children: dict[str, int] = msgspec.field(default_factory=dict)  # name -> process id, those that run now
 
     def __repr__(self) -> str:
@@ -63,10 +60,7 @@ class ClusterFiles:
             return None
 
     def write(self, state: SupervisorState) -> None:
-        draft = self.state.with_suffix(".draft")
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, SECRET_FILE), "wb") as file:
-            file.write(msgspec.json.encode(state))
-        draft.replace(self.state)
+        write_whole(self.state, msgspec.json.encode(state))
 
     def remove(self) -> None:
         self.state.unlink(missing_ok=True)
@@ -78,46 +72,26 @@ class ClusterFiles:
         Raises `ConfigError` where another still is after `timeout_s`.
         """
         self.logs.mkdir(mode=SECRET_FOLDER, parents=True, exist_ok=True)
-        with os.fdopen(os.open(self.lock, os.O_WRONLY | os.O_CREAT, SECRET_FILE), "w") as lock:
-            deadline = time.monotonic() + timeout_s
-            while not _try_lock(lock.fileno()):
-                if time.monotonic() >= deadline:
-                    state = self.read()
-                    who = f" (process {state.pid})" if state else ""
-                    raise ConfigError(
-                        f"a cluster called {self.name} runs on this machine{who}: stop it with `foretoken cluster "
-                        f"down{self.flag}`, or choose another --cluster-name",
-                        param="cluster_name",
-                    )
-                time.sleep(POLL_S)
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(locked(self.lock, timeout_s))
+            except LockedError:
+                state = self.read()
+                who = f" (process {state.pid})" if state else ""
+                raise ConfigError(
+                    f"a cluster called {self.name} runs on this machine{who}: stop it with `foretoken cluster "
+                    f"down{self.flag}`, or choose another --cluster-name",
+                    param="cluster_name",
+                ) from None
             yield
 
     def is_held(self) -> bool:
         """Whether a supervisor lives."""
-        return _is_held(self.lock)
+        return is_locked(self.lock)
 
 
 def nothing_runs(settings: Settings) -> str:
     """That no cluster of this name runs here; which others do."""
     folders = sorted((settings.home / "clusters").glob("*/lock"))
-    others = ", ".join(f"--cluster-name {lock.parent.name}" for lock in folders if _is_held(lock))
+    others = ", ".join(f"--cluster-name {lock.parent.name}" for lock in folders if is_locked(lock))
     return f"no cluster called {settings.cluster_name} runs here" + (f"; these do: {others}" if others else "")
-
-
-def _is_held(lock: Path) -> bool:
-    try:
-        file = os.open(lock, os.O_WRONLY)
-    except OSError:
-        return False
-    try:
-        return not _try_lock(file)
-    finally:
-        os.close(file)
-
-
-def _try_lock(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

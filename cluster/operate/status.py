@@ -10,13 +10,13 @@ import msgspec
 
 from cluster.config import Settings
 from cluster.errors import StoreUnavailableError, UnreadableValueError
+from cluster.operate.down import NOT_DONE
 from cluster.operate.show import print_status, work_per_s
 from cluster.operate.state_file import ClusterFiles, SupervisorState, nothing_runs
 from cluster.store import open_store
 from cluster.store.base import Store
 from cluster.store.records import ClusterStatus, read_status
 
-NOTHING = 1  # exit code: there is no such cluster
 SAMPLE_S = 1.0  # between two looks, for rates
 SAMPLE_TIMEOUT_S = 3.0
 POLL_S = 0.1
@@ -33,7 +33,7 @@ def run(settings: Settings, *, as_json: bool) -> int:
         before, after = asyncio.run(_look_twice(settings, url))
     except (StoreUnavailableError, UnreadableValueError) as error:
         print(f"{settings.cluster_name}: {error.message}")
-        return NOTHING
+        return NOT_DONE
     if before is None or after is None:
         return _nothing(settings)
     rates = work_per_s(before, after)
@@ -65,7 +65,7 @@ def _whole(value: Any) -> Any:
 
 def _nothing(settings: Settings) -> int:
     print(f"{nothing_runs(settings)}; start one with `foretoken cluster up`")
-    return NOTHING
+    return NOT_DONE
 
 
 async def _look_twice(settings: Settings, url: str) -> tuple[ClusterStatus | None, ClusterStatus | None]:

@@ -12,7 +12,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -20,9 +21,9 @@ from pydantic import SecretStr
 from cluster import logs
 from cluster.config import ENV_PREFIX, Settings
 from cluster.control.last_known import LastKnown
-from cluster.control.launch import MAX_SOCKET_PARENT
 from cluster.control.model import find_model
 from cluster.control.ray_launcher import RayLauncher
+from cluster.control.worker_folders import MAX_SOCKET_PARENT
 from cluster.environment import MARK, child_environment, ray_variables
 from cluster.errors import (
     ConfigError,
@@ -39,12 +40,20 @@ from cluster.operate.coming_up import ComingUp, Sight
 from cluster.operate.controller import PULSE_NAME, hung_after_s
 from cluster.operate.foreground import LOST, run_behind
 from cluster.operate.leftovers import clean_up, end_workers, kill_workers
-from cluster.operate.pulse import end_without_beat
+from cluster.operate.pulse import end_unanswering, end_without_beat
 from cluster.operate.ray_nodes import access, is_started, node_children, node_environment, tuned_variables
 from cluster.operate.redis_server import is_answering, redis_child
-from cluster.operate.show import announce
+from cluster.operate.show import announce_cluster
 from cluster.operate.state_file import ClusterFiles, SupervisorState
-from cluster.serve import EXIT_AT_ONCE, HTTP_STOP_TIMEOUT_S, SIGNALS, WORKER_STOP_TIMEOUT_S, base_url, listen
+from cluster.serve import (
+    EXIT_AT_ONCE,
+    HTTP_STOP_TIMEOUT_S,
+    SIGNALS,
+    WORKER_STOP_TIMEOUT_S,
+    base_url,
+    listen,
+    with_keys,
+)
 from cluster.store import open_store
 from cluster.store.base import Store
 from cluster.store.records import ClusterStatus, read_lead, read_status
@@ -53,6 +62,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
 SAME_SIGNAL_S = 0.5  # one order may come twice: `timeout` signals its child, then the child's whole group
+PROBE_TIMEOUT_S = 2.0
 RETRY_S = 1.0  # after a fault of our own
 SECRET_BYTES = 32
 FOLDER_PREFIX = "ft-"  # short: sockets lie below it
@@ -68,6 +78,7 @@ def run(settings: Settings) -> int:
     started = time.monotonic()
     with listen(settings.host, settings.port) as listener:  # a port in use fails before anything is started
         url, port = base_url(listener), listener.getsockname()[1]
+        settings = with_keys(settings, listener)
     model = find_model(settings)  # fetched here, with progress; the others find it
     token = settings.token or _new_secret()
     found = {"served_model_name": model.name, "port": port, "token": token}
@@ -127,7 +138,7 @@ class _Supervisor:
             loop.add_signal_handler(number, self._on_signal)
         store: Store | None = None
         try:
-            clean_up(self._files)
+            await asyncio.to_thread(clean_up, self._files)
             begun = asyncio.create_task(self._begin())
             stopped = asyncio.create_task(self._stop.wait())
             await asyncio.wait({begun, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -137,24 +148,25 @@ class _Supervisor:
                 await asyncio.gather(begun, return_exceptions=True)
                 return 0
             store, status = await begun
-            announce(status, self._url, self._settings, self._files.logs, time.monotonic() - started)
+            announce_cluster(status, self._url, self._settings, self._files.logs, time.monotonic() - started)
             keepers = [asyncio.create_task(self._go_on(child.keep_up)) for child in self._children]
-            pulse = asyncio.create_task(self._go_on(self._watch_controller))
+            watchers = [asyncio.create_task(self._go_on(watch)) for watch in self._watches()]
             await stopped
             logger.info(
                 "stopping: what runs may take %g s more; a second signal ends at once", self._settings.drain_timeout_s
             )
             await self._stop_all()
-            pulse.cancel()
+            for watcher in watchers:
+                watcher.cancel()
             await asyncio.gather(*keepers)
-            await asyncio.gather(pulse, return_exceptions=True)
+            await asyncio.gather(*watchers, return_exceptions=True)
             return 0
         finally:
             if store is not None:
                 await store.close()
             if not self._is_at_once:
                 await self._stop_all()
-            self._end()
+            await asyncio.to_thread(self._end)
 
     async def _go_on(self, run: Callable[[], Awaitable[None]]) -> None:
         """Whatever went wrong, a part of this command never ends unseen while the others go on."""
@@ -165,10 +177,14 @@ class _Supervisor:
                 logger.exception("a part of this command failed; it goes on")
             await asyncio.sleep(RETRY_S)
 
-    async def _watch_controller(self) -> None:
-        """Another one takes over from one that hangs before the workers miss it."""
-        (controller,) = (child for child in self._children if child.name == "controller")
-        await end_without_beat(controller, self._folder / PULSE_NAME, hung_after_s(self._settings))
+    def _watches(self) -> Iterator[Callable[[], Awaitable[None]]]:
+        """What ends each child that hangs; a controller's successor leads before the workers miss it."""
+        patience_s = hung_after_s(self._settings)
+        for child in self._children:
+            if child.name == "controller":
+                yield partial(end_without_beat, child, self._folder / PULSE_NAME, patience_s)
+            elif child.is_answering is not None:
+                yield partial(end_unanswering, child, child.is_answering, patience_s)
 
     def _take_order(self, orders: int) -> None:
         """A signal that the foreground got, or its end."""
@@ -183,7 +199,7 @@ class _Supervisor:
         if not self._stop.is_set():
             self._stop.set()
             self._stopped_at = now
-        elif now - self._stopped_at > SAME_SIGNAL_S:
+        elif now - self._stopped_at > SAME_SIGNAL_S and not self._is_at_once:
             self._is_at_once = True
             raise SystemExit(EXIT_AT_ONCE)  # out of the event loop
 
@@ -231,10 +247,12 @@ class _Supervisor:
             raise
 
     async def _find_ray(self) -> None:
-        """Raises `ConfigError` where no Ray runs that could be joined."""
+        """Raises `ConfigError` where no Ray runs that could be joined, or another cluster has this name there."""
         launcher = RayLauncher(self._settings)
         try:
             topology = await launcher.topology()
+            with contextlib.suppress(StoreUnavailableError):  # `check_store` comes next, and says so
+                await launcher.check_alone()
         except UnavailableError as error:
             raise ConfigError(
                 f"{error.message}. Start Ray nodes on this machine with --local N, or set RAY_ADDRESS to a Ray that "
@@ -264,13 +282,17 @@ class _Supervisor:
         command = [sys.executable, "-P", "-m", "cluster.cli", "cluster", name]
         if name == "controller":
             command += ["--folder", str(self._folder)]
-        settings = self._settings.model_copy(update={"store": self._store_url})
+        keys = {} if name == "gateway" else dict.fromkeys(("api_key", "api_key_file", "admin_api_key"))
+        settings = self._settings.model_copy(update={"store": self._store_url, **keys})
         given = settings_environment(settings) | self._mark
         if name == "controller":  # the gateway has nothing to do with Ray
             given |= self._ray
         environment = child_environment(os.environ, given)
         drain_s = self._settings.drain_timeout_s + HTTP_STOP_TIMEOUT_S + GRACE_S
-        return Child(name, command, environment, self._files.logs / f"{name}.log", grace_s=drain_s)
+        child = Child(name, command, environment, self._files.logs / f"{name}.log", grace_s=drain_s)
+        if name == "gateway":
+            child.is_answering = lambda timeout_s: asyncio.to_thread(is_live, self._url, timeout_s)
+        return child
 
     def _add(self, *children: Child) -> None:
         for child in children:
@@ -286,6 +308,7 @@ class _Supervisor:
                 folder=str(self._folder),
                 url=self._url,
                 store=self._store_url.get_secret_value(),
+                drain_timeout_s=self._settings.drain_timeout_s,
                 children={child.name: pid for child in self._children if (pid := child.pid) is not None},
             )
         )
@@ -358,13 +381,23 @@ async def check_store(url: SecretStr, cluster_name: str) -> ClusterStatus | None
 
 
 def is_ready(url: str) -> bool:
-    """Whether the gateway there can be used."""
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=2.0)
+    """Whether the gateway there can be used. Blocks."""
+    return _status_of(url, "/health/ready", PROBE_TIMEOUT_S) == http.HTTPStatus.OK
+
+
+def is_live(url: str, timeout_s: float) -> bool:
+    """Whether the gateway there answers, as it does while it drains or has no worker. Blocks."""
+    return _status_of(url, "/health/live", timeout_s) is not None
+
+
+def _status_of(url: str, path: str, timeout_s: float) -> int | None:
+    """None: no answer."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=timeout_s)
     try:
-        connection.request("GET", "/health/ready")
-        return connection.getresponse().status == http.HTTPStatus.OK
+        connection.request("GET", path)
+        return connection.getresponse().status
     except (OSError, http.client.HTTPException):
-        return False
+        return None
     finally:
         connection.close()
 

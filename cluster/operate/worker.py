@@ -20,25 +20,24 @@ from pydantic import SecretStr
 
 from cluster import logs
 from cluster.config import Settings
-from cluster.control.launch import WorkerProcess, launch_message, worker_environment
+from cluster.control.cluster_launch import member_launch
+from cluster.control.launch import worker_environment
 from cluster.control.model import find_model
-from cluster.control.ray_actor import gpu_bytes
 from cluster.control.topology import MEMORY_SHARE
+from cluster.control.worker_process import WorkerProcess
 from cluster.errors import ConfigError, StoreUnavailableError
 from cluster.event_loop import loop_factory
-from cluster.machine import free_port, this_machine
+from cluster.machine import free_port, gpu_bytes, this_machine
 from cluster.operate.pulse import end_hung
 from cluster.protocol import Announcement, Launch
 from cluster.serve import EXIT_AT_ONCE, on_signals
-from cluster.silence import HUNG_LEASES, LASTING_LEASES
+from cluster.silence import HUNG_LEASES, LASTING_LEASES, RENEWALS
 from cluster.store import open_store
 from cluster.store.base import Store
 from cluster.store.records import WORKERS, Reader, WorkerRecord
 
 logger = logging.getLogger(__name__)
 
-RENEWALS = 10  # of the record within the time that it lasts
-HEARTBEATS = 10  # reports of a worker to its controller within a lease
 # From SIGTERM until a worker must have ended, beside the time that its requests may take; a pod's grace period has
 # room for both, or Kubernetes kills what drains.
 STOP_EXTRA_S = 5.0
@@ -152,23 +151,9 @@ def _prepare(settings: Settings, name: str, node: str) -> tuple[WorkerRecord, La
         kv_bytes=int(settings.kv_cache_bytes or 0),
     )
     launch = msgspec.structs.replace(
-        launch_message(
-            settings,
-            address=f"{settings.host}:{port}",
-            model_path=model.path,
-            served_name=model.name,
-            progress=False,
-            machine=machine,
-        ),
-        role=role,
-        name=name,
-        node_id=node,
-        token=settings.token.get_secret_value() if settings.token is not None else None,
+        member_launch(settings, model, machine, role=role, name=name, node_id=node, address=f"{settings.host}:{port}"),
         announce_path=str(announcement),
         tensor_host=socket.gethostbyname(host),
-        heartbeat_s=settings.lease_s / HEARTBEATS,
-        peer_timeout_s=settings.peer_timeout_s,
-        reroute_timeout_s=settings.reroute_timeout_s,
     )
     return record, launch
 

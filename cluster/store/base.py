@@ -7,7 +7,7 @@ unless it is renewed it is deleted when the lease ends, and watchers see that as
 Watching: a `Watch` first gives a `Snapshot` of its prefix, then each later change once and in order. A watcher that
 fell further behind than the store's log, or that lost the store, goes on with a new `Snapshot` that says so.
 
-Messages (`publish`, `subscribe`) are not kept: only who is subscribed at the time gets them, and `Message.gap` says
+Messages (`publish`, `subscribe`) are not kept: only who is subscribed at the time gets them, and `Published.gap` says
 where some may be missing.
 """
 
@@ -68,7 +68,7 @@ Event = Snapshot | Change
 
 
 @dataclass(frozen=True)
-class Message:
+class Published:
     payload: bytes
     gap: bool = False  # messages before this one may be missing
 
@@ -76,7 +76,7 @@ class Message:
 class Subscription(Protocol):
     """The messages of one channel from `subscribe` on. Close it, or use it in ``async with``."""
 
-    async def next(self, timeout_s: float) -> Message | None:
+    async def next(self, timeout_s: float) -> Published | None:
         """The next message, or None when there was none for `timeout_s`.
 
         Raises `StoreUnavailableError` where the store was out of reach until then; the next call tries again.

@@ -15,8 +15,8 @@ from cluster.store.base import (
     AsyncClosing,
     Change,
     Deleted,
-    Message,
     Poll,
+    Published,
     Put,
     Versioned,
     Watch,
@@ -169,7 +169,7 @@ class _MemorySubscription(AsyncClosing):
         self._messages.append(payload)
         self._arrived.set()
 
-    async def next(self, timeout_s: float) -> Message | None:
+    async def next(self, timeout_s: float) -> Published | None:
         if not self._messages:
             self._arrived.clear()
             try:
@@ -178,7 +178,7 @@ class _MemorySubscription(AsyncClosing):
             except TimeoutError:
                 return None
         gap, self._gap = self._gap, False
-        return Message(self._messages.popleft(), gap)
+        return Published(self._messages.popleft(), gap)
 
     async def close(self) -> None:
         if others := self._registry.get(self._channel):

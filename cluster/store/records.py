@@ -24,6 +24,7 @@ STATUS_KEY = "status/cluster"  # -> ClusterStatus
 LEAD_KEY = "controller/lead"  # -> Lead, under a lease: it is there while its controller lives
 EPOCH_KEY = "controller/epoch"  # -> the highest epoch that anybody led with, in decimal
 PLACEMENT_KEY = "placement/current"
+CLUSTER_ID_KEY = "cluster/id"  # -> which cluster it is, whatever others have its name (`cluster.control.identity`)
 
 STALE_S = 5.0  # a status that is older is no news: its controller writes it anew several times within that
 MAX_EPOCH = 2**39  # an epoch is a part of orders' versions, which are 64-bit numbers
@@ -73,6 +74,13 @@ class StartFailure(Message, frozen=True):
     worker: str = ""  # the name of the one that keeps failing in this way; "": there is no room for all of them
 
 
+class LeftOut(Message, frozen=True):
+    """A worker that the placement has no use for, though it was asked for or is there."""
+
+    worker: str  # its name, or that of the one that would be next
+    reason: str
+
+
 class ClusterStatus(Message, frozen=True):
     """`status/cluster`: what the controller last saw, for people."""
 
@@ -87,6 +95,7 @@ class ClusterStatus(Message, frozen=True):
     workers: tuple[WorkerStatus, ...] = ()
     problem: str | None = None  # why the cluster is not as it should be
     failures: tuple[StartFailure, ...] = ()  # why some of it never will be
+    left_out: tuple[LeftOut, ...] = ()
 
 
 _decode_record = msgspec.json.Decoder(WorkerRecord).decode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -13,7 +14,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from cluster.errors import ConfigError, StoreUnavailableError
+from cluster.errors import ConfigError, InvalidValueError, StoreUnavailableError
 from cluster.store import scripts
 from cluster.store.base import (
     FIRST_RETRY_S,
@@ -22,8 +23,8 @@ from cluster.store.base import (
     AsyncClosing,
     Change,
     Deleted,
-    Message,
     Poll,
+    Published,
     Put,
     Versioned,
     Watch,
@@ -32,6 +33,8 @@ from cluster.store.base import (
     check_value,
     room_of,
 )
+
+logger = logging.getLogger(__name__)
 
 PAGE = 16  # changes that a watch takes at once
 MAX_CONNECTIONS = 256
@@ -51,6 +54,7 @@ class RedisStore(AsyncClosing):
         self._namespace = namespace
         self._op_timeout_s = op_timeout_s
         self._log_length = log_length
+        self._told_of: set[bytes] = set()  # entries that cannot be read
         try:
             self._redis: Redis = Redis.from_url(
                 url,
@@ -107,14 +111,20 @@ class RedisStore(AsyncClosing):
 
     async def poll(self, room: str, after: int) -> Poll:
         version, wait_ms, entries = await self._run(scripts.POLL, room, after, PAGE)
-        return Poll(int(version), [_change(*entry) for entry in entries], int(wait_ms) / 1000 if wait_ms else None)
+        changes = [change for entry in entries if (change := _change(*entry)) is not None]
+        return Poll(int(version), changes, int(wait_ms) / 1000 if wait_ms else None)
 
     async def snapshot(self, prefix: str) -> tuple[int, dict[str, Versioned]]:
+        """What somebody else wrote there, under a key that is none of ours, is passed over, and told of once."""
         version, *flat = await self._run(scripts.SNAPSHOT, room_of(prefix, "prefix"), prefix)
-        found = {
-            key.decode(): Versioned(value, int(written))
-            for key, written, value in zip(flat[::3], flat[1::3], flat[2::3], strict=True)
-        }
+        found: dict[str, Versioned] = {}
+        for key, written, value in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
+            try:
+                found[_text(key)] = Versioned(value or b"", int(written))
+            except (ValueError, InvalidValueError) as error:
+                if key not in self._told_of:
+                    logger.warning("the store's %r cannot be read and is passed over: %s", key, error)
+                    self._told_of.add(key)
         return int(version), dict(sorted(found.items()))
 
     async def wait_for_change(self, room: str, after: int, timeout_s: float) -> None:
@@ -169,7 +179,7 @@ class _RedisSubscription(AsyncClosing):
             raise
         self._pubsub = pubsub
 
-    async def next(self, timeout_s: float) -> Message | None:
+    async def next(self, timeout_s: float) -> Published | None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         pause_s = FIRST_RETRY_S
@@ -186,7 +196,7 @@ class _RedisSubscription(AsyncClosing):
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, LAST_RETRY_S)
 
-    async def _receive(self, timeout_s: float) -> Message | None:
+    async def _receive(self, timeout_s: float) -> Published | None:
         pubsub = self._pubsub
         assert pubsub is not None
         loop = asyncio.get_running_loop()
@@ -197,7 +207,7 @@ class _RedisSubscription(AsyncClosing):
                 reply = await pubsub.get_message(timeout=remaining_s)
             if reply is not None and reply["type"] == "message":
                 gap, self._gap = self._gap, False
-                return Message(reply["data"], gap)
+                return Published(reply["data"], gap)
             if reply is not None:  # the client has subscribed again, on a new connection
                 self._gap = True
             elif loop.time() >= deadline:
@@ -209,9 +219,21 @@ class _RedisSubscription(AsyncClosing):
             await pubsub.aclose()
 
 
-def _change(entry_id: bytes, fields: list[bytes]) -> Change:
+def _text(key: bytes) -> str:
+    """Raises `ValueError` or `InvalidValueError` for what is no key of ours."""
+    text = key.decode()
+    check_key(text)
+    return text
+
+
+def _change(entry_id: bytes, fields: list[bytes]) -> Change | None:
+    """None for what somebody else wrote: a watch then finds a version missing, and takes a snapshot."""
     version = int(entry_id.split(b"-")[0])
-    _, kind, _, key, _, value = fields
+    try:
+        _, kind, _, key, _, value = fields
+        name = _text(key)
+    except (ValueError, InvalidValueError):
+        return None
     if kind == b"put":
-        return Put(key.decode(), value, version)
-    return Deleted(key.decode(), version, expired=kind == b"expired")
+        return Put(name, value, version)
+    return Deleted(name, version, expired=kind == b"expired")

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from cluster.control import detached
 from cluster.operate.children import marked, sweep
 from cluster.operate.leftovers import kill_workers
 from cluster.operate.state_file import ClusterFiles
+from loadtests.token_streams import TokenStream, compare_streams, read_stream
 from tests.support import cluster_up, secret_places
 from tests.support.ray_cluster import RayCluster
 
@@ -24,6 +29,9 @@ pytestmark = [pytest.mark.needs("ray", "redis", "linux", "demo"), pytest.mark.ti
 
 NAME = "local"  # as the config file says
 TOKEN = "0123456789abcdef"
+NUM_TOKENS = 200
+NUM_CLIENTS = 2  # so that one has a stream under way whenever the job is stopped
+DRAINED = re.compile(r"cluster\.serve: stopping: (?s:.*) POST '/v1/completions' 200 ")  # it ended after the order came
 RAY = (sys.executable, "-m", "ray.scripts.scripts", "job")
 
 
@@ -58,6 +66,7 @@ def test_a_job_serves_drains_and_leaves_nothing(ray_with_dashboard: RayCluster, 
         "FORETOKEN_HOME": str(tmp_path),
         "FORETOKEN_PORT": "0",
         "FORETOKEN_TOKEN": TOKEN,
+        "FORETOKEN_DRAIN_TIMEOUT_S": "120",  # on a machine that is busy
     }
     command = f"{sys.executable} -m cluster.cli cluster up --config configs/cluster/local.yaml"
     try:
@@ -80,9 +89,21 @@ def test_a_job_serves_drains_and_leaves_nothing(ray_with_dashboard: RayCluster, 
         of_workers = [process for process in beside if re.search(r"ray::WorkerActor|workers\.server", process.command)]
         assert len(of_workers) >= 8
         assert all(TOKEN not in process.environment.decode(errors="replace") for process in of_workers)
-        assert cluster_up.complete(url, "Once upon a time", 8)["usage"]["completion_tokens"] == 8
-        _ray_job(cluster, "stop", "--no-wait", "up")
-        cluster_up.wait_ended(files)
+        expected = _stream(url)
+        assert (expected.error, len(expected.ids)) == ("", NUM_TOKENS)
+        begun, over = [threading.Event() for _ in range(NUM_CLIENTS)], threading.Event()
+        with ThreadPoolExecutor(NUM_CLIENTS) as threads:
+            clients = [threads.submit(_streams_until_refused, url, event, over) for event in begun]
+            try:
+                for event in begun:
+                    assert event.wait(cluster_up.START_TIMEOUT_S)
+                _ray_job(cluster, "stop", "--no-wait", "up")
+                cluster_up.wait_ended(files)
+            finally:
+                over.set()
+            streams = [stream for client in clients for stream in client.result()]
+        assert all(not stream.error and compare_streams(stream, expected).is_none for stream in streams)
+        assert DRAINED.search((files.logs / "gateway.log").read_text())
         assert not Path(state.folder).exists()
         for path in files.logs.glob("*.pid"):
             assert not detached.is_running(int(path.read_text()), path.stem)
@@ -91,6 +112,27 @@ def test_a_job_serves_drains_and_leaves_nothing(ray_with_dashboard: RayCluster, 
         if (left := files.read()) is not None:
             sweep(left.run_id, left.folder)
         kill_workers(files)
+
+
+def _stream(url: str, on_tokens: Callable[[int], None] = lambda _: None) -> TokenStream:
+    body = {"model": "foretoken-demo", "prompt": "Once upon a time", "max_tokens": NUM_TOKENS, "ignore_eos": True}
+    stream = TokenStream()
+
+    async def read() -> None:
+        async with aiohttp.ClientSession() as session:
+            target = f"{url}/v1/completions"
+            await read_stream(session, target, body | {"temperature": 0}, stream, cluster_up.END_TIMEOUT_S, on_tokens)
+
+    asyncio.run(read())
+    return stream
+
+
+def _streams_until_refused(url: str, begun: threading.Event, over: threading.Event) -> list[TokenStream]:
+    """One after the other, those that got a token; until one is refused, as by a gateway that drains, or has ended."""
+    streams = []
+    while not over.is_set() and (stream := _stream(url, lambda _: begun.set())).ids:
+        streams.append(stream)
+    return streams
 
 
 def _wait_ready(cluster: RayCluster) -> str:

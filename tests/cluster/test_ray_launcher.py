@@ -16,7 +16,7 @@ import pytest
 from cluster.config import Settings, load
 from cluster.control.placement import PlacedWorker
 from cluster.control.ray_launcher import RayLauncher
-from cluster.errors import CheckpointError, UnavailableError, WorkerLostError
+from cluster.errors import CheckpointError, ConfigError, UnavailableError, WorkerLostError
 from cluster.operate.children import Child, marked
 from cluster.protocol import Launch
 from cluster.store.records import WorkerRecord
@@ -27,6 +27,7 @@ from tests.support.stand_in_worker import COMMAND
 pytestmark = [pytest.mark.needs("ray", "linux"), pytest.mark.timeout(120)]
 
 DEADLINE_S = 40.0
+PATIENT_TIMEOUT_S = 300  # of Ray nodes without a head: longer than a test may last
 ACTOR = "ray::WorkerActor"
 TOKEN = "a-worker's-token"
 MEMORY_BYTES = 64 * 2**20
@@ -206,6 +207,33 @@ def test_a_new_launcher_finds_the_worker_and_ends_it_without_its_record(
 
 
 @pytest.mark.usefixtures("processes")
+def test_two_clusters_of_one_name_leave_each_others_workers_alone(
+    ray_cluster: RayCluster, settings: Settings, model: Path
+) -> None:
+    elsewhere = settings.model_copy(update={"home": settings.home / "elsewhere"})
+
+    async def scenario() -> None:
+        async with _launcher(ray_cluster, settings) as launcher, _launcher(ray_cluster, elsewhere) as other:
+            await other.check_alone()
+            record = await _start(launcher, ray_cluster, model)
+            await launcher.check_alone()
+            with pytest.raises(ConfigError, match=r"another cluster called .* \(expert-0\): choose another"):
+                await other.check_alone()
+            with pytest.raises(ConfigError, match="choose another --cluster-name"):
+                await _start(other, ray_cluster, model)
+            assert await other.end_all(5.0) == 0
+            assert not has_ended(record.pid)
+            assert await launcher.is_running(record)
+            assert await launcher.end_all(5.0) == 1
+            await other.check_alone()
+            theirs = await _start(other, ray_cluster, model)
+            assert await other.end_all(5.0) == 1
+            assert has_ended(theirs.pid)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("processes")
 def test_a_start_that_is_cancelled_leaves_nothing(ray_cluster: RayCluster, settings: Settings, model: Path) -> None:
     async def scenario() -> None:
         (model / "gate").touch()
@@ -245,6 +273,30 @@ def test_workers_and_launcher_outlive_rays_head(ray_cluster: RayCluster, setting
             await _eventually(lambda: _true(has_ended(record.pid)))
 
     asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("processes")
+def test_a_head_that_is_soon_back_finds_the_nodes_that_live(settings: Settings, model: Path) -> None:
+    """Ray's own check takes them for a head that runs."""
+    cluster = RayCluster(2, PATIENT_TIMEOUT_S)
+
+    async def scenario() -> None:
+        async with _launcher(cluster, settings) as launcher:
+            record = await _start(launcher, cluster, model)
+            node = cluster.nodes[1].pid
+            await asyncio.to_thread(cluster.kill, cluster.head)
+            await asyncio.to_thread(cluster.start, cluster.head)
+            await _eventually(lambda: launcher.adopt(record))
+            assert [node.id for node in (await launcher.topology()).nodes] == cluster.names
+            assert cluster.nodes[1].pid == node
+            assert await launcher.end_all(5.0) == 1
+            assert has_ended(record.pid)
+
+    try:
+        cluster.start()
+        asyncio.run(scenario())
+    finally:
+        cluster.close()
 
 
 def test_without_ray_calls_fail_soon_and_say_why(settings: Settings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import pytest
 
 from cluster.control import detached
 from cluster.environment import MARK
-from cluster.operate.children import marked, sweep
+from cluster.operate.children import in_session, marked, sweep
 from cluster.operate.leftovers import kill_workers
 from cluster.operate.state_file import ClusterFiles, SupervisorState
 from cluster.operate.up import is_ready
@@ -31,6 +32,7 @@ from cluster.store.records import LEAD_KEY, STATUS_KEY, ClusterStatus, WorkerSta
 from cluster.store.redis import RedisStore
 from tests.support import cluster_up, secret_places
 from tests.support.cluster_up import Up, complete, foretoken
+from tests.support.processes import has_ended
 from tests.support.redis_server import RedisServer
 from tests.support.signals import send
 
@@ -39,13 +41,14 @@ pytestmark = [pytest.mark.needs("ray", "redis", "linux", "demo"), pytest.mark.ti
 NAME = "e2e"
 DEADLINE_S = 90.0
 PROMPT = "Once upon a time"
-RECONNECT_TIMEOUT_S = 2  # Ray's nodes end when their head is away for so long; a head takes longer to start again
+RECONNECT_TIMEOUT_S = 2  # Ray's nodes end when their head is away for so long
 
 HUB_TOKEN = "of-whoever-starts-it"
+ADMIN_KEY = "of-who-administers-it"
 # Which secrets a process gets in its environment, by what stands on its command line; the first that fits.
 MAY_HAVE: dict[str, set[str]] = {
-    "cluster up": {"hub"},  # the one in the foreground and the supervisor: as they were started
-    "cluster gateway": {"token", "redis"},
+    "cluster up": {"hub", "admin"},  # the one in the foreground and the supervisor: as they were started
+    "cluster gateway": {"token", "redis", "admin"},
     "cluster controller": {"token", "redis", "ray"},
     "cluster.control.ray_bridge": {"ray"},
     "workers.server": set(),  # the token comes in by its standard input
@@ -93,6 +96,7 @@ class Running:
             "redis": password,
             "ray": given["RAY_AUTH_TOKEN"],
             "hub": HUB_TOKEN,
+            "admin": ADMIN_KEY,
         }
 
     def status(self) -> dict[str, Any]:
@@ -116,7 +120,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     home = tmp_path_factory.mktemp("home")
     files = ClusterFiles(cluster_up.settings(home, NAME))
     tuned = {"RAY_gcs_rpc_server_reconnect_timeout_s": str(RECONNECT_TIMEOUT_S)}
-    up = Up(home, "--local", "3", "--cluster-name", NAME, environment=tuned | {"HF_TOKEN": HUB_TOKEN})
+    given = {"HF_TOKEN": HUB_TOKEN, "FORETOKEN_ADMIN_API_KEY": ADMIN_KEY}
+    up = Up(home, "--local", "3", "--cluster-name", NAME, environment=tuned | given)
     try:
         yield Running(home, files, up, up.wait_ready())
         state = cluster_up.wait_state(files)
@@ -254,6 +259,26 @@ def test_a_controller_that_hangs_is_replaced_before_the_workers_miss_it(running:
     assert _pids(running.status()) == _pids(before)
 
 
+def test_a_part_that_hangs_is_replaced_and_the_workers_serve_on(running: Running) -> None:
+    """The gateway, the store and the process of a Ray node that cannot end itself any more."""
+    before, text = running.status(), complete(running.url, PROMPT, 16)["choices"][0]["text"]
+    children = running.state.children
+    (raylet,) = [pid for pid in in_session(children["ray-1"]) if _program(pid).endswith(b"/raylet")]
+    hung = {"gateway": children["gateway"], "redis": children["redis"], "ray-1": raylet}
+    for pid in hung.values():
+        send(pid, signal.SIGSTOP)
+    for name in hung:
+        _wait(lambda name=name: running.state.children.get(name) not in (None, children[name]))  # type: ignore[misc]
+    assert all(map(has_ended, hung.values()))
+    _wait(running.is_serving)
+    assert _pids(running.status()) == _pids(before)
+    assert complete(running.url, PROMPT, 16)["choices"][0]["text"] == text
+
+
+def _program(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0]
+
+
 def _pids(status: dict[str, Any]) -> dict[str, int]:
     return {worker["name"]: worker["pid"] for worker in status["workers"]}
 
@@ -266,7 +291,15 @@ def test_requests_and_workers_outlive_rays_head(running: Running) -> None:
     got: list[str] = []
     meanwhile = threading.Thread(target=lambda: got.append(complete(running.url, PROMPT, 400)["choices"][0]["text"]))
     meanwhile.start()
-    os.kill(nodes["ray-0"], signal.SIGKILL)
+
+    def have_given_up() -> bool:
+        now = running.state.children
+        if "ray-0" in now:  # it is struck again whenever it is back
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(now["ray-0"], signal.SIGKILL)
+        return all(now.get(name) != pid for name, pid in nodes.items())
+
+    _wait(have_given_up)
     _wait(lambda: all(running.state.children.get(name) not in (None, pid) for name, pid in nodes.items()))
     meanwhile.join()
     assert got == [before]

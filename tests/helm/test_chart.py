@@ -136,16 +136,18 @@ def notes(tmp_path: Path) -> Callable[[Values], str]:
     return show
 
 
-def test_the_notes_warn_that_no_key_is_checked(notes: Callable[[Values], str]) -> None:
+def test_the_notes_say_where_the_key_is_and_when_it_can_be_read_on_its_way(notes: Callable[[Values], str]) -> None:
     inside = notes({})
-    assert "no key is checked" in inside
-    assert "OUTSIDE" not in inside
-    assert "everybody" not in inside
+    assert f"get secret {FULLNAME}-keys -o go-template='{{{{ index .data \"keys\" | base64decode }}}}'" in inside
+    assert '-H "Authorization: Bearer $FORETOKEN_API_KEY"' in inside
     assert f"deployment/{FULLNAME}" in inside
+    theirs = notes({"apiKeys": {"existingSecret": "llm-keys", "existingSecretKey": "tenants"}})
+    assert "get secret llm-keys -o go-template='{{ index .data \"tenants\" | base64decode }}'" in theirs
+    assert "OUTSIDE" not in inside
     assert "OUTSIDE" in notes({"service": {"type": "LoadBalancer"}})
-    assert "OUTSIDE" in notes({"ingress": {"enabled": True, "hosts": ["llm.example.com"]}})
-    assert "everybody" in notes({"networkPolicy": {"enabled": False}})
-    assert "everybody" in notes({"networkPolicy": {"from": []}})
+    ingress = {"enabled": True, "hosts": ["llm.example.com"]}
+    assert "OUTSIDE" in notes({"ingress": ingress})
+    assert "OUTSIDE" not in notes({"ingress": ingress | {"tlsSecret": "llm-tls"}})
 
 
 def test_the_notes_name_what_an_ephemeral_cache_costs(notes: Callable[[Values], str]) -> None:

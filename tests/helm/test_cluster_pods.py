@@ -140,6 +140,7 @@ def test_every_process_takes_its_settings(values: Values, tmp_path: Path, monkey
         )
         given = {key: value for key, value in environment(container).items() if key.startswith(ENV_PREFIX)}
         from_pod = {"FORETOKEN_TOKEN": "secret", "FORETOKEN_ADVERTISE": "10.0.0.7", "FORETOKEN_STORE": "redis://h/0"}
+        from_pod |= {"FORETOKEN_API_KEY": f"a:{'k' * 16}\n", "FORETOKEN_ADMIN_API_KEY": "a" * 16}
         with monkeypatch.context() as pod:
             for key, value in given.items():
                 pod.setenv(key, value if isinstance(value, str) else from_pod[key])
@@ -152,7 +153,7 @@ def test_every_process_takes_its_settings(values: Values, tmp_path: Path, monkey
 
 
 def test_a_setting_of_the_cluster_arrives() -> None:
-    given = {"expert_copies": 2, "lease_s": 0.5, "peer_timeout_s": 3, "reroute_timeout_s": 60}
+    given = {"expert_copies": 2, "lease_s": 5, "peer_timeout_s": 3, "reroute_timeout_s": 60, "orphan_timeout_s": 75}
     text = serve_yaml_of({**PLAIN, "settings": given})
     assert {f"{name}: {value}" for name, value in given.items()} <= set(text.splitlines())
 

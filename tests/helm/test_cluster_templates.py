@@ -230,7 +230,10 @@ def test_a_pod_gets_the_secrets_that_it_needs(values: Values) -> None:
         if _component(workload) == "redis":
             assert given == {"REDISCLI_AUTH"}
         else:
-            assert given - {"HF_TOKEN"} == {"FORETOKEN_TOKEN", store}
+            keys = {"FORETOKEN_API_KEY", "FORETOKEN_ADMIN_API_KEY"}
+            assert given - {"HF_TOKEN"} - keys == {"FORETOKEN_TOKEN", store}
+            assert ("FORETOKEN_API_KEY" in given) == (_component(workload) == "gateway")
+            assert ("FORETOKEN_ADMIN_API_KEY" in given) == (_component(workload) == "gateway" and values is not SHARED)
 
 
 @CLUSTERS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import tomllib
 from pathlib import Path
@@ -14,8 +15,9 @@ import yaml
 from cluster.cli import app
 from cluster.config import Settings, load
 from cluster.gateway.app import router
+from cluster.gateway.auth import OPEN_PATHS, Caller
 from cluster.gateway.limits import FLUSH_S
-from cluster.serve import HTTP_STOP_TIMEOUT_S, WORKER_STOP_TIMEOUT_S
+from cluster.serve import HTTP_STOP_TIMEOUT_S, WORKER_STOP_TIMEOUT_S, keys_of
 from tests.support.chart import (
     CHART,
     FULLNAME,
@@ -70,7 +72,9 @@ def test_every_setting_arrives_as_it_was_given(tmp_path: Path) -> None:
         "device": "cuda:0", "numerics": "fast", "max_model_len": 1048576, "max_num_seqs": 128, "token_budget": 4096,
         "page_size": 32, "kv_cache_bytes": 68719476736, "prefix_cache": False, "static_batching": True,
         "host_kernels": False, "num_threads": 12, "expert_copies": 2, "lease_s": 0.5, "peer_timeout_s": 1.5,
-        "reroute_timeout_s": 20, "log_level": "debug", "log_format": "text",
+        "tool_parser": "hermes", "reasoning_parser": "think",
+        "max_open_requests_per_tenant": 3, "max_connections": 10000, "share_prefix_cache": True,
+        "reroute_timeout_s": 20, "orphan_timeout_s": 90, "log_level": "debug", "log_format": "text",
     }  # fmt: skip
     model = {"name": "Qwen/Qwen3-30B-A3B", "revision": "1" * 40, "servedName": "qwen"}
     settings = _load(serve_yaml({"settings": given, "model": model}), tmp_path)
@@ -106,7 +110,7 @@ def test_the_probes_ask_routes_that_the_gateway_has() -> None:
     routes = {route.path for route in router.routes}  # type: ignore[attr-defined]
     asked = {kind: container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "liveness", "readiness")}
     assert asked == {"startup": "/health/startup", "liveness": "/health/live", "readiness": "/health/ready"}
-    assert set(asked.values()) <= routes
+    assert set(asked.values()) <= routes & OPEN_PATHS  # a probe has no key
     assert {container[f"{kind}Probe"]["httpGet"]["port"] for kind in asked} == {container["ports"][0]["name"]}
 
 
@@ -165,6 +169,27 @@ def test_a_token_comes_from_a_secret_ours_or_theirs() -> None:
     theirs = environment(_container(SHARED))["HF_TOKEN"]["secretKeyRef"]
     assert theirs == {"name": "hub", "key": "hf"}
     assert maybe(SHARED, "Secret", "blue-foretoken-hub") is None
+
+
+def test_keys_come_from_a_secret_ours_or_theirs() -> None:
+    def references(container: Object) -> dict[str, dict[str, str]]:
+        variables = environment(container)
+        return {name: variables[name]["secretKeyRef"] for name in variables if name.startswith("FORETOKEN_")}
+
+    ours = references(_container())
+    assert set(ours) == {"FORETOKEN_API_KEY", "FORETOKEN_ADMIN_API_KEY"}
+    data = one({}, "Secret", f"{FULLNAME}-keys")["data"]
+    made = {name: base64.b64decode(data[reference["key"]]).decode() for name, reference in ours.items()}
+    assert {reference["name"] for reference in ours.values()} == {f"{FULLNAME}-keys"}
+    keys = keys_of(load({"api_key": made["FORETOKEN_API_KEY"], "admin_api_key": made["FORETOKEN_ADMIN_API_KEY"]}))
+    assert keys.caller(made["FORETOKEN_API_KEY"]) == Caller("default")
+    assert keys.caller(made["FORETOKEN_ADMIN_API_KEY"]) == Caller(is_admin=True)
+    theirs = references(_container(SHARED))
+    assert theirs["FORETOKEN_API_KEY"] == {"name": "llm-keys", "key": "tenants"}
+    assert theirs["FORETOKEN_ADMIN_API_KEY"] == {"name": "llm-keys", "key": "root"}
+    assert maybe(SHARED, "Secret", f"{FULLNAME}-keys") is None
+    closed = references(_container({"apiKeys": {"existingSecret": "llm-keys"}}))
+    assert closed == {"FORETOKEN_API_KEY": {"name": "llm-keys", "key": "keys"}}
 
 
 def test_the_hub_is_reached_through_a_mirror_or_not_at_all() -> None:

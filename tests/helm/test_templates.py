@@ -143,7 +143,18 @@ def test_the_service_monitor_finds_one_service() -> None:
     others = one(HUB, "Service", f"{HUB_NAME}-pods")["metadata"]["labels"]  # each pod would be scraped twice
     assert not selector.items() <= others.items()
     (endpoint,) = found["spec"]["endpoints"]
-    assert endpoint == {"port": service["spec"]["ports"][0]["name"], "path": "/metrics", "interval": "15s"}
+    credentials = {"name": f"{HUB_NAME}-keys", "key": "keys"}
+    assert endpoint == {
+        "port": service["spec"]["ports"][0]["name"],
+        "path": "/metrics",
+        "interval": "15s",
+        "authorization": {"type": "Bearer", "credentials": credentials},
+    }
+    assert ":" not in base64.b64decode(one(HUB, "Secret", credentials["name"])["data"]["keys"]).decode()  # a key alone
+    for metrics_key, expected in (("", "tenants"), ("prometheus", "prometheus")):
+        keys = {"existingSecret": "llm-keys", "existingSecretKey": "tenants", "existingSecretMetricsKey": metrics_key}
+        (endpoint,) = one({"serviceMonitor": {"enabled": True}, "apiKeys": keys}, "ServiceMonitor")["spec"]["endpoints"]
+        assert endpoint["authorization"]["credentials"] == {"name": "llm-keys", "key": expected}
 
 
 def test_helm_test_asks_the_service_whether_it_is_ready() -> None:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from cluster.config import Settings
+from cluster.silence import least_orphan_s
 from tests.support.chart import CHART, Values, refusal
 
 VALUES: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -18,10 +19,11 @@ SCHEMA: dict[str, Any] = json.loads((CHART / "values.schema.json").read_text())
 OWN = {  # the chart sets them itself
     *("model", "revision", "served_model_name", "home", "host", "port"),
     *("cluster_name", "store", "token"),  # what the processes of a release share, two of them secrets
+    *("api_key", "api_key_file", "admin_api_key"),  # in a Secret
     "advertise",  # a pod's own address
     *("attention_workers", "expert_workers"),  # as many as the groups have
 }
-NOT_SERVED = {"data", "local", "orphan_timeout_s"}  # of benches, of one machine, and pods are Kubernetes' to end
+NOT_SERVED = {"data", "local"}  # of benches, and of one machine
 
 
 def _leaves_and_branches(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -132,6 +134,8 @@ BAD: list[tuple[str, Values, str]] = [  # a name, values, what the message must 
     ("a name with capitals", {"fullnameOverride": "Blue"}, "fullnameOverride"),
     ("a Redis without a tag", {"redis": {"image": {"tag": ""}}}, "redis.image.tag"),
     ("an unknown mode", {"mode": "ray"}, "mode"),
+    ("a key among the settings", {"settings": {"api_key": "secret"}}, "api_key"),
+    ("a key of a Secret that is none", {"apiKeys": {"existingSecretAdminKey": "a b"}}, "existingSecretAdminKey"),
     ("a token among the settings", {"settings": {"token": "secret"}}, "token"),
     ("a store among the settings", {"settings": {"store": "redis://h"}}, "store"),
     ("a number of workers among the settings", {"settings": {"expert_workers": 3}}, "expert_workers"),
@@ -164,6 +168,7 @@ CONTRADICTIONS: list[tuple[Values, str]] = [
     ({"cache": {"kind": "existingClaim"}}, "cache.existingClaim: name the PersistentVolumeClaim"),
     ({"cache": {"existingClaim": "models"}}, "cache.existingClaim: is used with cache.kind existingClaim only"),
     ({"huggingFace": {"token": "a", "existingSecret": "b"}}, "huggingFace.token and huggingFace.existingSecret"),
+    ({"apiKeys": {"existingSecretMetricsKey": "one"}}, "apiKeys.existingSecretMetricsKey: is used with"),
     ({"model": {"revision": "main"}}, "model.revision: needs model.name"),
     ({"autoscaling": {"minReplicas": 5}}, "autoscaling.minReplicas: must not be larger"),
     ({"ingress": {"enabled": True}}, "ingress.hosts: name at least one host"),
@@ -207,6 +212,14 @@ CONTRADICTIONS: list[tuple[Values, str]] = [
             "workerGroups": [VALUES["workerGroups"][0], GROUP | {"cache": {"kind": "ephemeral"}}],
         },
         "workerGroups: cache.kind of main: model.name is a folder",
+    ),
+    (
+        {**CLUSTER, "settings": {"lease_s": 4.5}},
+        f"settings.orphan_timeout_s: 60 must be at least {least_orphan_s(4.5):g} where settings.lease_s is 4.5",
+    ),
+    (
+        {**CLUSTER, "settings": {"orphan_timeout_s": 19.5}},
+        f"settings.orphan_timeout_s: 19.5 must be at least {least_orphan_s(1.0):g} where settings.lease_s is 1",
     ),
     (
         {**CLUSTER, "worker": {"extraEnv": [{"name": "FORETOKEN_TOKEN", "value": "1"}]}},

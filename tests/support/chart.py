@@ -59,6 +59,12 @@ VALUE_SETS: dict[str, Values] = {
             "pullSecrets": ["registry"],
         },
         "huggingFace": {"existingSecret": "hub", "existingSecretKey": "hf", "offline": True},
+        "apiKeys": {
+            "existingSecret": "llm-keys",
+            "existingSecretKey": "tenants",
+            "existingSecretAdminKey": "root",
+            "existingSecretMetricsKey": "prometheus",
+        },
         "server": {
             "replicas": 3,
             "surge": 0,
@@ -154,6 +160,7 @@ VALUE_SETS: dict[str, Values] = {
         "mode": "cluster",
         "image": {"pullSecrets": ["registry"]},
         "model": {"name": "/var/lib/foretoken/models/qwen3"},
+        "apiKeys": {"existingSecret": "llm-keys"},
         "clusterToken": {"existingSecret": "tokens", "existingSecretKey": "cluster"},
         "store": {"existingSecret": "store", "existingSecretKey": "redis", "namespace": "llm-blue"},
         "cache": {"kind": "existingClaim", "existingClaim": "models"},

@@ -1,4 +1,4 @@
-"""Workers without a model, in this process: gRPC servers that speak the control stream, and a launcher that has them.
+"""Workers for tests of the controller: in this process, over real gRPC, the control stream alone; and their launcher.
 
 They obey the highest epoch, carry out orders at once, and report. A `Launcher` for tests.
 """

@@ -1,4 +1,4 @@
-"""A controller with workers that have no model, all in this process: `LedCluster`."""
+"""A real `Controller` that leads `controlled_workers`, all in this process and in real time: `LedCluster`."""
 
 from __future__ import annotations
 

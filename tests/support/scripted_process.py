@@ -1,4 +1,4 @@
-"""`foretoken` with a scripted worker process in place of the engine: everything else is the real thing.
+"""The command line `foretoken` as a process, whose worker is a process with a `scripted_worker`; all else is real.
 
 ``python -m tests.support.scripted_process serve …`` runs the command line; its worker is this module with ``worker``
 as its only argument, a `ScriptedWorker` behind the launcher's real seam. The environment says how it behaves:
@@ -81,10 +81,10 @@ def main() -> None:
         _run_worker()
         return
     from cluster import cli
-    from cluster.control import launch, model
+    from cluster.control import model, worker_process
 
     model.DEMO_PATH = Path(os.environ["SCRIPTED_MODEL"])
-    launch.COMMAND = (sys.executable, "-m", "tests.support.scripted_process", "worker")
+    worker_process.COMMAND = (sys.executable, "-m", "tests.support.scripted_process", "worker")
     cli.main()
 
 

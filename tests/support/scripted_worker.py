@@ -1,4 +1,4 @@
-"""A worker without a model: a gRPC server in this process that speaks `cluster.protocol` and says what it is told.
+"""A worker for tests of the gateway: in this process, over real gRPC, the streams of tokens alone, as it is told.
 
 Every byte is a token (`byte_tokenizer`), so texts and token ids can be read off each other. One `StepOutput` a step
 for all that runs, one token each, as fast as the gate lets it. A sequence that comes with tokens goes on behind them,

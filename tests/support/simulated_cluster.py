@@ -1,4 +1,4 @@
-"""A cluster in memory, in steps of simulated time: nodes, processes, loads that take long, reports that get lost.
+"""A cluster for tests of `reconcile`: values alone, in steps of simulated time, with slow loads and lost reports.
 
 `step` runs `reconcile` once and carries out what it says. What must hold at all times is checked as it goes.
 """

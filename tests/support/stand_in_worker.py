@@ -1,4 +1,4 @@
-"""A worker process that loads nothing: it reads its `Launch`, announces itself, and waits for a signal.
+"""A worker process for tests of Ray: it reads its `Launch`, announces itself, and speaks to nobody until its end.
 
 Its command line names ``workers.server``, as what watches workers expects. ``model_path`` with a file ``refusal`` makes
 it end with that file's text as its last word; one with a file ``gate`` makes it wait until the file is gone.

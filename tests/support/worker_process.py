@@ -54,7 +54,7 @@ def tiny_checkpoint(folder: Path) -> Path:
     return build("byte_level", write(folder, TINY, random_tensors(TINY)))
 
 
-class WorkerProcess:
+class RunningWorker:
     """A `python -m workers.server`, or a program that ends as it; `options` are `Launch`'s."""
 
     def __init__(
@@ -85,7 +85,7 @@ class WorkerProcess:
         self.process.stdin.write(msgspec.json.encode(self.launch) + b"\n")
         self.process.stdin.flush()
 
-    def __enter__(self) -> WorkerProcess:
+    def __enter__(self) -> RunningWorker:
         return self
 
     def __exit__(
@@ -169,7 +169,7 @@ class Stream:
 
 
 @contextlib.asynccontextmanager
-async def connect(worker: WorkerProcess) -> AsyncIterator[Stream]:
+async def connect(worker: RunningWorker) -> AsyncIterator[Stream]:
     async with grpc.aio.insecure_channel(worker.address) as channel:
         stream = Stream(channel, worker.launch.token)
         hello = await stream.read()
@@ -178,7 +178,7 @@ async def connect(worker: WorkerProcess) -> AsyncIterator[Stream]:
         yield stream
 
 
-class Controller:
+class ControlStream:
     """One controller's stream to one worker. It leads once, then each time that it is told to."""
 
     def __init__(
@@ -220,10 +220,10 @@ class Controller:
 @contextlib.asynccontextmanager
 async def control(
     address: str, epoch: int = 1, controller_id: str = "a", token: str | None = None
-) -> AsyncIterator[Controller]:
+) -> AsyncIterator[ControlStream]:
     """A controller that has said that it leads."""
     async with grpc.aio.insecure_channel(address) as channel:
-        controller = Controller(channel, epoch, controller_id, token)
+        controller = ControlStream(channel, epoch, controller_id, token)
         await controller.lead()
         yield controller
 

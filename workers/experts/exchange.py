@@ -10,6 +10,7 @@ small tensors travel together, in one frame whose receiver need not know its len
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -22,26 +23,32 @@ import torch.distributed as dist
 
 from cluster.errors import ConfigError, PeerLostError
 from cluster.protocol import LinkOffer
-from workers.experts.frame import FRAME_BYTES, TensorSpec, Unpacking, pack
+from workers.experts.frame import Room, TensorSpec, Unpacking
 
 MIN_WAIT_S = 0.001  # gloo takes a timeout of zero for none
-FRAME, ALONE = 0, 1  # gloo's tags: room for the next frame must not take what travels by itself
+# gloo's tags: room for the next frame must not take what travels by itself, and nobody ever sends the last.
+FRAME, ALONE, NOTHING = 0, 1, 2
 
 
 class PeerLink(Protocol):
-    """One peer. Messages arrive whole and in order; any failure is final: open another link."""
+    """One peer. Messages arrive whole and in order; any failure is final: open another link.
+
+    One thread at a time sends and one receives.
+    """
 
     def send(self, tensors: Sequence[torch.Tensor], deadline_s: float) -> None:
         """Hand over contiguous CPU tensors; returns when they are on their way. Raises `PeerLostError`."""
 
     def recv(self, specs: Sequence[TensorSpec], deadline_s: float) -> list[torch.Tensor]:
         """The peer's next tensors, in order; one `send` may be taken by several `recv`s, the first of which says what
-        the next must ask for. Raises `PeerLostError` at the deadline or when the peer dies.
+        the next must ask for. They are the caller's until what another `send` sent is taken: then their memory is used
+        again. Raises `PeerLostError` at the deadline or when the peer dies.
         """
 
     def close(self) -> None:
-        """Break the link; the peer's waits end with an error. A wait of ours under way on another thread keeps the
-        connection until it ends.
+        """Break the link: every wait under way on it, of other threads and of the peer, ends with an error at once.
+
+        Any thread, any number of times.
         """
 
 
@@ -55,21 +62,25 @@ class GlooLink:
         is_first: bool,
         open_timeout_s: float,
         tensor_host: str = "127.0.0.1",
-        thread_name: str = "meet",
+        on_met: Callable[[], None] = lambda: None,
     ) -> None:
         """Meet the peer under `name` in the store; exactly one of the two says `is_first`.
 
         `tensor_host` is the address of this side's interface that the pair uses. Raises `PeerLostError` where the peer
-        does not come in time: then a thread called `thread_name` may be left that still waits.
+        does not come in time: then a thread may be left that still waits. `on_met` is called once nobody does, on any
+        thread.
         """
         self.name = name
         self._rank = 0 if is_first else 1
         self._peer = 1 - self._rank
+        self._breaking = threading.Lock()
         self._fault: str | None = None
-        self._room = torch.empty(FRAME_BYTES, dtype=torch.uint8)
-        self._arriving: dist.Work | None = None
-        self._message: Unpacking | None = None  # of which something is left
+        # Before the rooms that gloo reads and writes: an object's attributes go in the order in which they came.
         self._group: dist.ProcessGroupGloo | None = None
+        self._arriving: dist.Work | None = None
+        self._leaving = Room()
+        self._room, self._taken = Room(), Room()  # of what arrives next, and of what came before it
+        self._message: Unpacking | None = None  # of which something is left
 
         def meet() -> dist.ProcessGroupGloo:
             options = dist.ProcessGroupGloo._Options()
@@ -77,11 +88,11 @@ class GlooLink:
             options._timeout = timedelta(seconds=open_timeout_s)
             return dist.ProcessGroupGloo(dist.PrefixStore(name, open_store()), self._rank, 2, options)
 
-        self._group = self._in_time(meet, open_timeout_s, thread_name)
+        self._group = self._in_time(meet, open_timeout_s, on_met)
         self._arriving = self._expect(self._group)
 
     def _in_time(
-        self, meet: Callable[[], dist.ProcessGroupGloo], timeout_s: float, thread_name: str
+        self, meet: Callable[[], dist.ProcessGroupGloo], timeout_s: float, on_met: Callable[[], None]
     ) -> dist.ProcessGroupGloo:
         """`meet` in a thread of its own, which is left behind where it takes longer.
 
@@ -95,8 +106,10 @@ class GlooLink:
                 found.append(meet())
             except RuntimeError as error:
                 faults.append(error)
+            finally:
+                on_met()
 
-        thread = threading.Thread(target=run, name=thread_name, daemon=True)
+        thread = threading.Thread(target=run, name=f"meet-{self.name}", daemon=True)
         thread.start()
         thread.join(timeout_s)
         if not found:
@@ -106,7 +119,7 @@ class GlooLink:
 
     def send(self, tensors: Sequence[torch.Tensor], deadline_s: float) -> None:
         group, end = self._open(), time.monotonic() + deadline_s
-        frame, alone = pack(tensors)
+        frame, alone = self._leaving.pack(tensors)
         try:
             group.send([frame], self._peer, FRAME).wait(_left(end))
             for tensor in alone:
@@ -120,9 +133,12 @@ class GlooLink:
         try:
             for spec in specs:
                 if self._message is None:
-                    assert self._arriving is not None
-                    self._arriving.wait(_left(end))
-                    self._message = Unpacking(self._room)
+                    arriving = self._arriving
+                    if arriving is None:  # another thread has closed the link meanwhile
+                        raise RuntimeError("there is no connection any more")
+                    arriving.wait(_left(end))
+                    self._room, self._taken = self._taken, self._room
+                    self._message = self._taken.unpack()
                     self._arriving = self._expect(group)
                 tensor = self._message.take(spec)
                 if tensor is None:
@@ -137,14 +153,22 @@ class GlooLink:
 
     def _expect(self, group: dist.ProcessGroupGloo) -> dist.Work:
         """Make room for the next frame: the peer sends it only once it knows of that, so better early than late."""
-        return group.recv([self._room], self._peer, FRAME)  # a message may be shorter than the room for it
+        return group.recv([self._room.tensor], self._peer, FRAME)  # a message may be shorter than the room for it
 
     def close(self) -> None:
-        self._break(self._fault or "closed on this side")
+        self._break("closed on this side")
 
     def _break(self, fault: str) -> None:
-        self._fault = fault
-        self._group = self._arriving = None  # both hold the connection
+        with self._breaking:
+            group, self._group = self._group, None
+            self._fault = self._fault or fault
+        if group is None:
+            return
+        # Of a gloo group `abort` and `shutdown` do nothing. But where one wait ends without a message, gloo closes the
+        # connection, which ends every other wait, here and there.
+        with contextlib.suppress(RuntimeError):
+            group.recv([torch.empty(1)], self._peer, NOTHING).wait(timedelta(seconds=MIN_WAIT_S))
+        self._arriving = None  # it holds what is left of the group
 
     def _open(self) -> dist.ProcessGroupGloo:
         if self._group is None:
@@ -191,7 +215,7 @@ class LinkServer:
         self._offer = LinkOffer(host=tensor_host, port=port)
 
     def offer(self) -> LinkOffer:
-        """Where `connect_link` finds this store."""
+        """Where a `LinkClient` finds this store."""
         return self._offer
 
     def accept(self, link_id: str) -> GlooLink:
@@ -203,17 +227,32 @@ class LinkServer:
         return GlooLink(self._store.clone, link_id, True, self._open_timeout_s, self._tensor_host)
 
 
-def connect_link(offer: LinkOffer, link_id: str, tensor_host: str, timeout_s: float) -> GlooLink:
-    """An attention worker's side: meet the expert worker that made `offer` under `link_id`.
+class LinkClient:
+    """An attention worker's side of the rendezvous, on its `tensor_host`."""
 
-    Raises `PeerLostError` within `timeout_s`, whatever the other side does; at once while an earlier try to meet it
-    still hangs, since each would leave a thread behind.
-    """
-    thread_name = f"meet-{offer.host}:{offer.port}"
-    if any(thread.name == thread_name for thread in threading.enumerate()):
-        raise PeerLostError(f"an earlier try to meet the peer at {offer.host}:{offer.port} still waits")
+    def __init__(self, tensor_host: str, timeout_s: float) -> None:
+        self._tensor_host = tensor_host
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._waiting: set[LinkOffer] = set()
 
-    def open_store() -> dist.Store:
-        return dist.TCPStore(offer.host, offer.port, is_master=False, timeout=timedelta(seconds=timeout_s))
+    def connect(self, offer: LinkOffer, link_id: str) -> GlooLink:
+        """Meet the expert worker that made `offer` under `link_id`. Any thread.
 
-    return GlooLink(open_store, link_id, False, timeout_s, tensor_host, thread_name)
+        Raises `PeerLostError` within the timeout, whatever the other side does. A try that a hung server holds up
+        leaves its thread behind; until that one ends, the next raises at once, so that there are never more.
+        """
+        with self._lock:
+            if offer in self._waiting:
+                raise PeerLostError(f"an earlier try to meet the peer at {offer.host}:{offer.port} still waits")
+            self._waiting.add(offer)
+
+        def open_store() -> dist.Store:
+            timeout = timedelta(seconds=self._timeout_s)
+            return dist.TCPStore(offer.host, offer.port, is_master=False, timeout=timeout)
+
+        def on_met() -> None:
+            with self._lock:
+                self._waiting.discard(offer)
+
+        return GlooLink(open_store, link_id, False, self._timeout_s, self._tensor_host, on_met)

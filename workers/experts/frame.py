@@ -7,13 +7,14 @@ no room is left travels by itself, after the frame; both sides know which, since
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 FRAME_BYTES = 1 << 20  # a decode step's rows fit; to copy so much takes less time than a message of its own
-HEAD_BYTES = 16
+HEAD = struct.Struct("=qq")
 ALIGN_BYTES = 8
 
 
@@ -29,35 +30,41 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def pack(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Contiguous CPU tensors -> (the frame, uint8, and those that travel by themselves, in order)."""
-    offset, alone = HEAD_BYTES, []
-    places: list[tuple[int, torch.Tensor]] = []
-    for tensor in tensors:
-        end = offset + tensor.nbytes
-        if end > FRAME_BYTES:
-            alone.append(tensor)
-        else:
-            places.append((offset, tensor))
-            offset = _aligned(end)
-    frame = torch.empty(offset, dtype=torch.uint8)
-    frame[:HEAD_BYTES].view(torch.int64).copy_(torch.tensor([offset, len(tensors)]))
-    for start, tensor in places:
-        if tensor.numel():
-            frame[start : start + tensor.nbytes].copy_(tensor.view(-1).view(torch.uint8))
-    return frame, alone
+class Room:
+    """Where one frame lies at a time: to allocate and clear memory for each takes as long as to fill it."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray(FRAME_BYTES)  # to read and write two numbers in it is quicker than in a tensor
+        self.tensor = torch.frombuffer(self._bytes, dtype=torch.uint8)  # [FRAME_BYTES]
+
+    def pack(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Contiguous CPU tensors -> (the frame, uint8, and those that travel by themselves, in order)."""
+        offset, alone = HEAD.size, []
+        for tensor in tensors:
+            end = offset + tensor.nbytes
+            if end > FRAME_BYTES:
+                alone.append(tensor)
+            elif end > offset:
+                self.tensor[offset:end].copy_(tensor.view(-1).view(torch.uint8))
+                offset = _aligned(end)
+        HEAD.pack_into(self._bytes, 0, offset, len(tensors))
+        return self.tensor[:offset], alone
+
+    def unpack(self) -> Unpacking:
+        """Raises `ValueError` where what lies here is no frame."""
+        num_bytes, num_tensors = HEAD.unpack_from(self._bytes)
+        if not (HEAD.size <= num_bytes <= FRAME_BYTES and num_tensors > 0):
+            raise ValueError(f"a frame of {num_bytes} bytes with {num_tensors} tensors")
+        return Unpacking(self.tensor[:num_bytes], num_tensors)
 
 
 class Unpacking:
-    """What has not been taken yet of a message."""
+    """What has not been taken yet of a message. What is taken lies where the frame does."""
 
-    def __init__(self, room: torch.Tensor) -> None:
-        """`room` [FRAME_BYTES] uint8 begins with a frame, which is copied. Raises `ValueError` where it does not."""
-        num_bytes, self.num_left = room[:HEAD_BYTES].view(torch.int64).tolist()
-        if not (HEAD_BYTES <= num_bytes <= FRAME_BYTES and self.num_left > 0):
-            raise ValueError(f"a frame of {num_bytes} bytes with {self.num_left} tensors")
-        self._frame = room[:num_bytes].clone()
-        self._offset = HEAD_BYTES
+    def __init__(self, frame: torch.Tensor, num_tensors: int) -> None:
+        self.num_left = num_tensors
+        self._frame = frame
+        self._offset = HEAD.size
 
     def take(self, spec: TensorSpec) -> torch.Tensor | None:
         """The message's next tensor; None where it comes by itself. Raises `ValueError` where the frame lacks it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from cluster.protocol import Peer
 from workers.experts.backend import Pending
 from workers.experts.exchange import PeerLink
 from workers.experts.shard import Shard, expert_rows
-from workers.experts.wire import OK, Call, recv_reply, send_call, send_stop
+from workers.experts.wire import OK, Call, Patience, recv_reply, send_call, send_stop
 from workers.kernels.moe_combine import moe_combine
 from workers.numerics import Numerics
 
@@ -34,6 +35,7 @@ class Remote:
 
     peer: Peer
     link: PeerLink | None
+    refusal: str | None = None  # why it takes no link, in its words
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,14 @@ class Holders:
     places: Sequence[Sequence[Sequence[int]]]  # by layer, by expert: places in `remotes`, the preferred first
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How long a peer may take: for an answer at all, and for each row of a call."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A call whose reply is due."""
 
-    peer_s: float
-    row_s: float = 0.0
-
-    def of(self, num_rows: int) -> float:
-        return self.peer_s + num_rows * self.row_s
+    remote: Remote
+    call: Call
+    rows: torch.Tensor  # of `RemotePending.output`, that it computes
+    end: float  # `time.monotonic()`
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class RemotePending(Pending):
     hidden: torch.Tensor  # [T, H]
     flat_ids: torch.Tensor  # [T * k]
     topk_weights: torch.Tensor  # [T, k]
-    asked: list[tuple[Remote, Call, torch.Tensor]] = field(default_factory=list)  # with the rows that it computes
+    asked: list[Asked] = field(default_factory=list)
     failed: list[torch.Tensor] = field(default_factory=list)  # rows whose remote was lost
 
 
@@ -76,15 +77,18 @@ class MixedExperts:
 
     def __init__(
         self, shard: Shard, num_experts: Sequence[int], numerics: Numerics, patience: Patience,
-        on_change: Callable[[], None] = lambda: None,
+        on_change: Callable[[], None] = lambda: None, on_wait: Callable[[float], object] = lambda _: None,
     ) -> None:  # fmt: skip
-        """`num_experts` by layer, 0 where it is dense. `on_change` follows a loss, on the thread of the calls."""
+        """`num_experts` by layer, 0 where it is dense. `on_change` follows a loss, and `on_wait` precedes each wait for
+        a peer and gets the most seconds that it lasts; both on the thread of the calls.
+        """
         self._shard = shard
         self._num_experts = num_experts
         self._own_places = [shard.places(layer, count) for layer, count in enumerate(num_experts)]
         self._numerics = numerics
         self._patience = patience
         self._on_change = on_change
+        self._on_wait = on_wait
         self._state = threading.Condition()  # guards what follows
         self._holders = Holders((), [[()] * count for count in num_experts])
         self._lacks: set[tuple[int, int, int]] = set()  # a remote's place, layer, expert: it said so itself
@@ -165,8 +169,8 @@ class MixedExperts:
         with self._state:
             left, self._under_way = self._under_way, pending
         if left is not None:  # a step that failed between begin and finish: replies are due that nobody took
-            for remote, _, _ in left.asked:
-                self._lose(remote, PeerLostError("a call was broken off"))
+            for asked in left.asked:
+                self._lose(asked.remote, PeerLostError("a call was broken off"))
 
     def _end(self) -> None:
         with self._state:
@@ -198,29 +202,38 @@ class MixedExperts:
             part = slice(start, start + count)
             start += count
             call = Call(pending.layer, expert_ids[part], hidden[part])
+            patience_s = self._patience.of(count)
+            self._on_wait(patience_s)
             try:
-                send_call(_open(remote), call, self._patience.of(count))
+                send_call(_open(remote), call, patience_s)
             except PeerLostError as error:
                 self._lose(remote, error)
                 pending.failed.append(rows[part])
             else:
-                pending.asked.append((remote, call, rows[part]))
+                pending.asked.append(Asked(remote, call, rows[part], time.monotonic() + patience_s))
         return rows[:num_here]
 
     def _collect(self, pending: RemotePending) -> None:
-        """Take all replies that are due; rows without one are `pending.failed`."""
-        for remote, call, rows in pending.asked:
+        """Take all replies that are due; rows without one are `pending.failed`.
+
+        In the order of the calls, since gloo cannot wait for whichever comes first. It costs no time: all peers work
+        meanwhile, and each one's time runs from its call.
+        """
+        for asked in pending.asked:
+            # What has come while another was waited for is still to be taken.
+            left_s = max(self._patience.peer_s, asked.end - time.monotonic())
+            self._on_wait(left_s)
             try:
-                output, missing = recv_reply(_open(remote), call, self._patience.of(rows.shape[0]))
+                output, missing = recv_reply(_open(asked.remote), asked.call, left_s)
             except PeerLostError as error:
-                self._lose(remote, error)
-                pending.failed.append(rows)
+                self._lose(asked.remote, error)
+                pending.failed.append(asked.rows)
                 continue
             if missing == OK:
-                pending.output.index_copy_(0, rows, output.to(pending.output.device))
+                pending.output.index_copy_(0, asked.rows, output.to(pending.output.device))
             else:
-                self._pass_over(remote, pending.layer, missing)
-                pending.failed.append(rows)
+                self._pass_over(asked.remote, pending.layer, missing)
+                pending.failed.append(asked.rows)
         pending.asked.clear()
 
     def _lose(self, remote: Remote, error: PeerLostError) -> None:

@@ -9,18 +9,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, PeerRefusedError
 from cluster.protocol import Peer, Route
 from workers.experts.backend import Pending
 from workers.experts.exchange import PeerLink
-from workers.experts.remote import Holders, MixedExperts, Patience, Remote, RemotePending
+from workers.experts.remote import Holders, MixedExperts, Remote, RemotePending
 from workers.experts.shard import Shard
+from workers.experts.wire import Patience
 from workers.models.spec import ModelSpec
 from workers.numerics import Numerics
 
 log = logging.getLogger(__name__)
 
-SLOWEST_FLOPS = 4e9  # of an expert worker that is shared with others and still works
 OPEN_PATIENCE = 3.0  # in `peer_timeout_s`: an offer, then a rendezvous
 
 
@@ -37,20 +37,24 @@ class RoutedExperts:
         peer_timeout_s: float,
         open_link: Callable[[Peer], PeerLink],
         own: Shard | None = None,
+        on_change: Callable[[], None] = lambda: None,
+        on_wait: Callable[[float], object] = lambda _: None,
     ) -> None:
-        """`open_link` meets a peer or raises; it may block. `own` are experts that lie here."""
-        self.on_change: Callable[[], None] = lambda: None  # after a route, and after each loss; on any thread
+        """`open_link` meets a peer or raises; it may block. `own` are experts that lie here.
+
+        `on_change` is called after a route, and after each loss, on any thread; `on_wait` as `MixedExperts` does.
+        """
+        self._on_change = on_change
         self._open_link = open_link
         self._open_s = OPEN_PATIENCE * peer_timeout_s
-        moe = spec.moe
         self._num_experts = spec.num_experts
-        row_flops = 6 * spec.hidden * moe.intermediate if moe is not None else 0
         self._calls = MixedExperts(
             own or Shard(((),) * len(spec.layers), [None] * len(spec.layers)),
             self._num_experts,
             numerics,
-            Patience(peer_timeout_s, row_flops / SLOWEST_FLOPS),
-            on_change=lambda: self.on_change(),
+            Patience.for_model(spec, peer_timeout_s),
+            on_change,
+            on_wait,
         )
         self._routing = threading.Lock()
         self._route_version = 0
@@ -84,6 +88,11 @@ class RoutedExperts:
         """Worker ids of the route in effect whose link broke, or could not be opened."""
         return tuple(remote.peer.worker_id for remote in self._calls.holders.remotes if remote.link is None)
 
+    @property
+    def refusal(self) -> str | None:
+        """Why a worker of the route in effect takes no link from this one, where one does not."""
+        return next((remote.refusal for remote in self._calls.holders.remotes if remote.refusal), None)
+
     def set_route(self, route: Route) -> None:
         """Take `route` in place of the one before; returns once it is in effect, within a bounded time.
 
@@ -97,7 +106,7 @@ class RoutedExperts:
             remotes = [up.get(peer.worker_id) or fresh[peer.worker_id] for peer in route.peers]
             self._calls.hold(Holders(remotes, route.owners))
             self._route_version = route.version
-        self.on_change()
+        self._on_change()
 
     def close(self) -> None:
         """Tell every peer that no more calls come, and let go of them."""
@@ -126,6 +135,8 @@ class RoutedExperts:
                 link = self._open_link(remote.peer)
             except Exception as error:  # whatever it was, the route goes on without this peer
                 log.warning("expert worker %s cannot be reached: %s", remote.peer.name, error)
+                if isinstance(error, PeerRefusedError):
+                    remote.refusal = error.message
                 return
             with lock:
                 if not is_late:

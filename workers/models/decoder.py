@@ -31,13 +31,14 @@ class Decoder:
         experts: ExpertBackend,
         numerics: Numerics,
         num_positions: int | None = None,
+        on_layer: Callable[[], object] = lambda: None,
     ) -> None:
-        """`num_positions` bounds the rotary tables (default: the checkpoint's)."""
+        """`num_positions` bounds the rotary tables (default: the checkpoint's); `on_layer` precedes each layer."""
         self.spec = spec
         self.weights = weights
         self.experts = experts
         self.numerics = numerics
-        self.on_layer: Callable[[], None] = lambda: None  # called before each layer
+        self._on_layer = on_layer
         self.windows = tuple(dict.fromkeys(layer.sliding_window for layer in spec.layers))
         embedding = weights.embedding
         self._cos, self._sin = rope_tables(
@@ -58,7 +59,7 @@ class Decoder:
         sin = self._sin.index_select(0, batch.positions)
         hidden = weights.embedding.index_select(0, batch.token_ids)
         for index, (layer_spec, layer) in enumerate(zip(spec.layers, weights.layers, strict=True)):
-            self.on_layer()
+            self._on_layer()
             normed = rms_norm(hidden, layer.attention.norm, spec.rms_eps, self.numerics)
             q = self._project(normed, layer.attention, cos, sin, kv.k[index], kv.v[index], batch.kv_slots)
             attended = paged_attention(

@@ -74,6 +74,11 @@ class Tokenizer:
         text: str = self._library.decode(known, skip_special_tokens=skip_special_tokens)
         return text
 
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text` as it is, nothing added; special tokens in it are found."""
+        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids
+
     def grammar_tokenizer(self, eos_token_ids: Sequence[int]) -> llguidance.LLTokenizer:
         """The vocabulary as llguidance wants it: special tokens match no text, `eos_token_ids` end a grammar.
 
@@ -127,11 +132,12 @@ class Detokenizer:
     """Text of a growing token sequence: what all `push` and the last `flush` return, joined, is the full decode.
 
     Bytes that do not yet make a whole character are held. With byte-fallback tokens the whole run of them is held until
-    another token ends it, because one invalid byte turns all of its run into U+FFFD.
+    another token ends it, because one invalid byte turns all of its run into U+FFFD. `shown_ids` are special tokens
+    that are not skipped with the others.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True, shown_ids: Iterable[int] = ()) -> None:
+        self._hidden = tokenizer.special_ids - set(shown_ids) if skip_special_tokens else frozenset[int]()
         self._vocab_size = tokenizer.vocab_size
         self._stream = tokenizer.stream()
 

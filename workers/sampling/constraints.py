@@ -19,11 +19,7 @@ Prefixes = dict[int, list[tuple[list[int], int]]]  # a prefix's last token: (the
 def is_constrained(request: Request, *, below_min_tokens: bool) -> bool:
     sampling = request.sampling
     return bool(
-        below_min_tokens
-        or request.matcher is not None
-        or sampling.logit_bias
-        or sampling.bad_words
-        or is_penalised(sampling)
+        below_min_tokens or request.is_guided or sampling.logit_bias or sampling.bad_words or is_penalised(sampling)
     )
 
 
@@ -53,7 +49,7 @@ class Constraints:
     penalties: Penalties | None
     banned: Entries | None  # one-token bad words and, below min_tokens, the ids that would end the request
     prefixes: list[tuple[int, Prefixes]]  # longer bad words, by row
-    guided: list[int]  # rows with a grammar
+    guided: list[int]  # rows with a grammar, or where thoughts must end
 
     @classmethod
     def of(
@@ -85,7 +81,7 @@ class Constraints:
                 for row, request in enumerate(requests)
                 if (prefixes := _prefixes(request.sampling.bad_words))
             ],
-            guided=[row for row, request in enumerate(requests) if request.matcher is not None],
+            guided=[row for row, request in enumerate(requests) if request.is_guided],
         )
 
     def apply_(self, logits: torch.Tensor, counts: TokenCounts) -> torch.Tensor:

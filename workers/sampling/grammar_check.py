@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -26,6 +27,8 @@ NUM_WALKS = 3
 WALK_TOKENS = 48
 MAX_MESSAGE = 2000  # characters; an answer fits into a pipe
 NUM_BYTES = 256
+STAND_IN = 257  # a special token of the byte tokenizer, for each token that a grammar asks for by its id
+_TOKEN_IDS = re.compile(r"<\[[\d,\s-]*\]>")
 
 
 def limit_memory(max_bytes: int) -> None:
@@ -40,6 +43,7 @@ def limit_memory(max_bytes: int) -> None:
 
 def check(tokenizer: llguidance.LLTokenizer, grammar: str, limits: dict[str, Any]) -> str | None:
     """Compile `grammar` and follow it along a few random walks; what is wrong with it, or None."""
+    grammar = _TOKEN_IDS.sub(f"<[{STAND_IN}]>", grammar)
     matcher = llguidance.LLMatcher(
         tokenizer, grammar, log_level=0, limits=llguidance.LLParserLimits(verbose_errors=False, **limits)
     )
@@ -50,7 +54,7 @@ def check(tokenizer: llguidance.LLTokenizer, grammar: str, limits: dict[str, Any
             if walk.is_error() or walk.is_stopped():
                 break
             mask = int.from_bytes(walk.compute_bitmask(), "little")
-            allowed = [token for token in range(NUM_BYTES) if mask >> token & 1]
+            allowed = [token for token in (*range(NUM_BYTES), STAND_IN) if mask >> token & 1]
             if not allowed:
                 break
             walk.consume_token(generator.choice(allowed))

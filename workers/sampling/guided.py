@@ -55,6 +55,11 @@ class Matcher:
         self._compiled = compiled
         self._state = state
 
+    @property
+    def is_active(self) -> bool:
+        """Whether the next token is constrained at all: from the first to the last."""
+        return True
+
     def fill_mask(self, row: NDArray[np.int32]) -> None:
         """Write the next token's mask into `row` [words] int32, bit i of word i // 32 for token i; 1 = allowed.
 

@@ -171,7 +171,7 @@ class Sampler:
     def _prepare(self, requests: list[Request], lengths: list[int]) -> _Layout:
         """The layout of this batch: the last one, where nothing that it rests on has changed."""
         layout = self._layout
-        guided = [request.matcher is not None for request in requests]
+        guided = [request.is_guided for request in requests]
         if layout is not None and layout.requests == requests and layout.guided == guided:
             below_min = {row for row, length in layout.min_length if lengths[row] < length}
             if below_min == layout.below_min:

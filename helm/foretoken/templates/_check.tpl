@@ -10,6 +10,9 @@
 {{- if and .huggingFace.token .huggingFace.existingSecret -}}
 {{- fail "huggingFace.token and huggingFace.existingSecret: give one of them" -}}
 {{- end -}}
+{{- if and (not .apiKeys.existingSecret) .apiKeys.existingSecretMetricsKey -}}
+{{- fail "apiKeys.existingSecretMetricsKey: is used with apiKeys.existingSecret only" -}}
+{{- end -}}
 {{- if and .model.revision (not .model.name) -}}
 {{- fail "model.revision: needs model.name, a Hugging Face id" -}}
 {{- end -}}
@@ -49,6 +52,7 @@
 {{- end }}
 
 {{- define "foretoken.checkCluster" -}}
+{{- include "foretoken.checkTimes" .Values.settings -}}
 {{- with .Values -}}
 {{- if and .redis.enabled .store.existingSecret -}}
 {{- fail "redis.enabled and store.existingSecret: give one of them" -}}
@@ -89,5 +93,15 @@
 {{- if and (hasPrefix "/" $.Values.model.name) (eq $cache.kind "ephemeral") -}}
 {{- fail (printf "workerGroups: cache.kind of %s: model.name is a folder on a volume, so it must be perPod or existingClaim" $group.name) -}}
 {{- end -}}
+{{- end -}}
+{{- end }}
+
+{{/* cluster/silence.py, `least_orphan_s`: what the processes would refuse at their start. */}}
+{{- define "foretoken.checkTimes" -}}
+{{- $lease := default 1 .lease_s | float64 -}}
+{{- $orphan := default 60 .orphan_timeout_s | float64 -}}
+{{- $least := maxf 20 (mulf 15 $lease) -}}
+{{- if lt $orphan $least -}}
+{{- fail (printf "settings.orphan_timeout_s: %v must be at least %v where settings.lease_s is %v" $orphan $least $lease) -}}
 {{- end -}}
 {{- end }}

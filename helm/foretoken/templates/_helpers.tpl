@@ -83,6 +83,10 @@ foretoken/group: {{ .group.name }}
 {{- default (printf "%s-hub" (include "foretoken.fullname" .)) .Values.huggingFace.existingSecret -}}
 {{- end }}
 
+{{- define "foretoken.keysSecret" -}}
+{{- default (printf "%s-keys" (include "foretoken.fullname" .)) .Values.apiKeys.existingSecret -}}
+{{- end }}
+
 {{- define "foretoken.redisSecret" -}}
 {{- default (printf "%s-redis" (include "foretoken.fullname" .)) .Values.redis.existingSecret -}}
 {{- end }}

@@ -65,6 +65,24 @@ annotations:
 {{- end }}
 {{- end }}
 
+{{/* The keys of what serves HTTP. */}}
+{{- define "foretoken.keyVariables" -}}
+{{- $keys := .Values.apiKeys }}
+{{- $theirs := not (empty $keys.existingSecret) }}
+- name: FORETOKEN_API_KEY
+  valueFrom:
+    secretKeyRef:
+      name: {{ include "foretoken.keysSecret" . }}
+      key: {{ ternary $keys.existingSecretKey "keys" $theirs }}
+{{- if or (not $theirs) $keys.existingSecretAdminKey }}
+- name: FORETOKEN_ADMIN_API_KEY
+  valueFrom:
+    secretKeyRef:
+      name: {{ include "foretoken.keysSecret" . }}
+      key: {{ ternary $keys.existingSecretAdminKey "admin" $theirs }}
+{{- end }}
+{{- end }}
+
 {{/* The probes of what serves HTTP: `pods`, its values. */}}
 {{- define "foretoken.httpProbes" -}}
 # nothing is answered while weights are fetched: this probe waits for it, the others begin after it

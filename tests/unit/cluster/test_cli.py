@@ -55,6 +55,7 @@ def test_help_imports_neither_torch_nor_the_gateway() -> None:
     assert shown.stdout.strip() == "[]"
 
 
+NO_FLAG = {"data", "token", "admin_api_key"}
 OF_CLUSTERS = {
     "cluster_name", "local", "attention_workers", "expert_workers", "expert_copies", "store", "advertise",
     "lease_s", "peer_timeout_s", "reroute_timeout_s", "orphan_timeout_s",
@@ -62,13 +63,13 @@ OF_CLUSTERS = {
 
 
 @pytest.mark.parametrize(("command", "left_out"), [(["serve"], OF_CLUSTERS), (["cluster", "up"], set())])
-def test_every_setting_but_the_datas_folder_and_the_token_is_a_flag(command: list[str], left_out: set[str]) -> None:
+def test_every_setting_but_the_datas_folder_and_two_secrets_is_a_flag(command: list[str], left_out: set[str]) -> None:
     found = typer.main.get_command(cli.app)
     for name in command:
         found = found.commands[name]  # type: ignore[attr-defined]
     flags = {flag for parameter in found.params for flag in parameter.opts}
-    assert {flag_name(name) for name in set(Settings.model_fields) - left_out - {"model", "data", "token"}} <= flags
-    assert "--token" not in flags  # a secret would stand in the list of processes
+    assert {flag_name(name) for name in set(Settings.model_fields) - left_out - {"model", *NO_FLAG}} <= flags
+    assert not {"--token", "--admin-api-key"} & flags  # a secret would stand in the list of processes
 
 
 def test_serve_passes_flags_over_the_file(served: list[Settings], tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from pydantic import SecretStr, ValidationError
 
 from cluster.config import FORMS, Settings, flag_name, load, store_address
 from cluster.errors import ConfigError
+from cluster.operate.controller import hung_after_s
 from cluster.protocol import Launch
+from cluster.silence import ORPHAN_PATIENCE
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +85,39 @@ def test_a_value_of_another_form_is_told_the_form_in_words(name: str, value: str
     with pytest.raises(ConfigError) as caught:
         load({name: value})
     assert form in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("given", "least_s"),  # None: they go together
+    [
+        ({}, None),
+        ({"orphan_timeout_s": 20}, None),
+        ({"orphan_timeout_s": 19.9}, 20),
+        ({"lease_s": 0.3, "orphan_timeout_s": 4.5}, 20),
+        ({"lease_s": 4}, None),
+        ({"lease_s": 4.1}, 61.5),
+        ({"lease_s": 600, "orphan_timeout_s": 8999}, 9000),
+        ({"lease_s": 600, "orphan_timeout_s": 9000}, None),
+    ],
+)
+def test_workers_live_longer_without_a_controller_than_one_hangs_until_it_is_noticed(
+    given: dict[str, float], least_s: float | None
+) -> None:
+    if least_s is None:
+        settings = load(given)
+        assert hung_after_s(settings) <= settings.orphan_timeout_s / ORPHAN_PATIENCE
+        return
+    with pytest.raises(ConfigError) as caught:
+        load(given)
+    values = {"orphan_timeout_s": 60.0, "lease_s": 1.0} | given
+    assert caught.value.message.startswith(
+        f"orphan_timeout_s = {values['orphan_timeout_s']:g} must be at least {least_s:g} "
+        f"where lease_s = {values['lease_s']:g}: "
+    )
+    origins = {name: flag_name(name) if name in given else "default" for name in values}
+    assert f"is from {origins['orphan_timeout_s']}, lease_s from {origins['lease_s']})" in caught.value.message
+    assert caught.value.param == "orphan_timeout_s"
+    assert load(given | {"orphan_timeout_s": least_s}).orphan_timeout_s == least_s
 
 
 def test_every_pattern_has_words() -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Iterator
 from datetime import datetime
+from typing import Literal
 
 import pytest
 
@@ -42,6 +43,29 @@ def test_json_lines_are_objects_with_the_exception_inside() -> None:
     assert entry["request_id"] == "r1"
     assert "two\nlines" in entry["exception"]
     assert datetime.fromisoformat(entry["time"]).tzinfo is not None
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_no_text_makes_a_line_or_moves_a_cursor(log_format: Literal["text", "json"]) -> None:
+    stream = io.StringIO()
+    logs.configure("info", log_format, stream)
+    nasty = "a\r\x1b[2J\x00\x7f\x85\x9b\u2028\u2029\u202e\u2066é🦀\\z"
+    logging.getLogger("cluster.test").warning("%s", nasty, extra={"request_id": nasty})
+    text = stream.getvalue()
+    assert len(text.splitlines()) == 1
+    assert text.removesuffix("\n").isprintable()
+    assert "é🦀" in text
+    if log_format == "json":
+        assert (json.loads(text)["message"], json.loads(text)["request_id"]) == (nasty, nasty)
+
+
+def test_further_lines_of_text_are_indented() -> None:
+    stream = io.StringIO()
+    logs.configure("info", "text", stream)
+    logging.getLogger("cluster.test").warning("%s", "one\n12:00:00 INFO cluster.serve: forged")
+    first, second = stream.getvalue().splitlines()
+    assert first.endswith("WARNING cluster.test: one")
+    assert second == "  12:00:00 INFO cluster.serve: forged"
 
 
 def test_libraries_that_chatter_are_held_to_warnings() -> None:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from cluster.machine import Machine, parse_cpu_quota, parse_cpuinfo, this_machine
+from cluster.machine import Machine, gpu_bytes, parse_cpu_quota, parse_cpuinfo, this_machine
 
 MACHINE = Machine("Linux", "x86_64", "A processor", frozenset({"avx2"}), 8, None, 2**34, 2**33)
 
@@ -44,6 +45,25 @@ def test_usable_cores_follow_the_quota(quota: float | None, cores: int) -> None:
 )
 def test_isa(architecture: str, flags: set[str], isa: str) -> None:
     assert replace(MACHINE, architecture=architecture, cpu_flags=frozenset(flags)).isa == isa
+
+
+@pytest.mark.parametrize(
+    ("script", "sizes"),
+    [
+        ("echo 81559; echo 40960", [81559 * 2**20, 40960 * 2**20]),
+        ("echo No devices were found; exit 6", []),
+        (None, []),
+    ],
+)
+def test_gpus_are_asked_for_their_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, sizes: list[int]
+) -> None:
+    if script is not None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_bytes() == sizes
 
 
 def test_this_machine_is_plausible() -> None:

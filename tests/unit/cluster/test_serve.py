@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -24,7 +25,17 @@ from cluster.control.model import Model, default_name
 from cluster.environment import PACKAGES
 from cluster.errors import ConfigError
 from cluster.protocol import Hello
-from cluster.serve import announce, base_url, curl_line, gateway_settings, listen
+from cluster.serve import (
+    SPARE_FILES,
+    announce,
+    base_url,
+    connection_bound,
+    curl_line,
+    gateway_settings,
+    is_loopback,
+    listen,
+    with_keys,
+)
 from tests.support.processes import has_ended, wait_for_end
 from tests.support.scripted_process import save_tokenizer
 
@@ -321,6 +332,88 @@ def test_listen_names_a_host_that_is_not_ours(host: str) -> None:
     assert caught.value.param == "host"
 
 
+@pytest.mark.parametrize(
+    ("address", "is_ours"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("::ffff:127.0.0.1", True),
+     ("0.0.0.0", False), ("::", False), ("10.0.0.1", False), ("::ffff:10.0.0.1", False), ("fe80::1%eth0", False)],
+)  # fmt: skip
+def test_which_addresses_are_loopback(address: str, is_ours: bool) -> None:
+    listener: Any = SimpleNamespace(getsockname=lambda: (address, 8000))
+    assert is_loopback(listener) == is_ours
+
+
+def test_a_key_is_made_where_one_is_needed(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    local: Any = SimpleNamespace(getsockname=lambda: ("127.0.0.1", 80))
+    public: Any = SimpleNamespace(getsockname=lambda: ("0.0.0.0", 80))
+    assert with_keys(load(), local).api_key is None
+    given = load({"api_key": "k" * 16})
+    assert with_keys(given, public) is given
+    assert with_keys(given, local) is given
+    for log_format in ("text", "json"):
+        capsys.readouterr()
+        settings = with_keys(load({"host": "0.0.0.0", "log_format": log_format}), public)
+        assert settings.api_key is not None
+        key = settings.api_key.get_secret_value()
+        shown = capsys.readouterr()
+        assert shown.err.count(key) == 1
+        assert key not in shown.out + caplog.text
+        if log_format == "json":
+            assert json.loads(shown.err)["api_key"] == key
+        assert with_keys(settings, public) is settings, "and stays"
+        assert "FORETOKEN_API_KEY" in curl_line("http://h", "m", has_key=True)
+    only_admin = with_keys(load({"admin_api_key": "a" * 16}), public)
+    assert only_admin.api_key is not None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"api_key": "short"},
+        {"api_key": "  "},
+        {"api_key": "#"},
+        {"admin_api_key": "short"},
+        {"api_key_file": "/no/such"},
+    ],
+)
+def test_keys_that_cannot_be_used_are_refused_at_the_start(given: dict[str, str]) -> None:
+    listener: Any = SimpleNamespace(getsockname=lambda: ("0.0.0.0", 80))
+    with pytest.raises(ConfigError, match="key"):
+        with_keys(load(given), listener)
+
+
+def test_the_files_a_process_may_open_bound_its_connections() -> None:
+    program = (
+        "import resource, sys; from cluster.serve import connection_bound; soft, hard, wanted = map(int, sys.argv[1:]);"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)); print(connection_bound(wanted))"
+    )
+
+    def bound(*numbers: int) -> int:
+        command = [sys.executable, "-c", program, *map(str, numbers)]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGES).stdout)
+
+    assert bound(1000, 2000, 500) == 500
+    assert bound(300, 2000, 1000) == 1000, "the softer limit is raised"
+    assert bound(300, 600, 1000) == 600 - SPARE_FILES
+    assert connection_bound(1) == 1
+
+
+def test_an_open_address_needs_the_key_that_is_printed(start: Start) -> None:
+    served = start("--host", "0.0.0.0", wait=False)
+    key = served.wait_for("export FORETOKEN_API_KEY=").strip().removeprefix("export FORETOKEN_API_KEY=")
+    url = served.wait_for("ready on ").split("ready on ")[1].split()[0]
+    assert httpx.get(f"{url}/v1/models", timeout=DEADLINE_S).status_code == 401
+    assert httpx.get(f"{url}/health", timeout=DEADLINE_S).status_code == 200
+    header = {"authorization": f"Bearer {key}"}
+    assert httpx.post(f"{url}/v1/chat/completions", json=CHAT, headers=header, timeout=DEADLINE_S).status_code == 200
+    served.signal()
+    assert served.wait() == 0
+    served.wait_for("(end)")
+    assert sum(key in line for line in served.lines) == 1
+    assert '-H "Authorization: Bearer $FORETOKEN_API_KEY"' in "".join(served.lines)
+
+
 def test_the_curl_line_survives_a_name_with_quotes() -> None:
     line = curl_line("http://127.0.0.1:8000", 'it\'s "mine"')
     body = subprocess.run(
@@ -344,10 +437,23 @@ def test_the_summary_off_a_terminal_is_log_lines(caplog: pytest.LogCaptureFixtur
 
 
 def test_the_gateway_is_told_the_settings(tmp_path: Path) -> None:
-    settings = load({"drain_timeout_s": 1.5, "request_timeout_s": 7, "max_open_requests": 3})
+    key = "k" * 16
+    settings = load(
+        {
+            "drain_timeout_s": 1.5,
+            "request_timeout_s": 7,
+            "max_open_requests": 3,
+            "max_open_requests_per_tenant": 2,
+            "share_prefix_cache": True,
+            "api_key": f"a:{key}",
+        }
+    )
     told: Any = gateway_settings(settings, Model("m", tmp_path))
     assert (told.served_name, told.model_path) == ("m", tmp_path)
     assert (told.drain_timeout_s, told.request_timeout_s, told.max_open_requests) == (1.5, 7, 3)
+    assert (told.max_open_requests_per_tenant, told.share_prefix_cache) == (2, True)
+    assert told.keys.caller(key).tenant == "a"
+    assert key not in repr(told)
 
 
 def test_a_folder_goes_by_its_name_and_an_id_by_itself(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import queue
 import signal
+import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
@@ -18,10 +21,11 @@ import torch
 from cluster.errors import ConfigError, PeerLostError
 from cluster.protocol import LinkOffer
 from tests.support.signals import send
-from workers.experts.exchange import GlooLink, LinkServer, connect_link
+from workers.experts.exchange import GlooLink, LinkClient, LinkServer
 from workers.experts.frame import FRAME_BYTES, TensorSpec
 
 DEADLINE_S = 30.0
+FOREVER_S = 3600.0
 
 
 def run_echo(pipe: Connection) -> None:
@@ -55,7 +59,7 @@ class Echo:
     def link(self) -> GlooLink:
         link_id = uuid.uuid4().hex
         self.pipe.send(link_id)
-        return connect_link(self.offer, link_id, "127.0.0.1", DEADLINE_S)
+        return LinkClient("127.0.0.1", DEADLINE_S).connect(self.offer, link_id)
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process.pid is not None
@@ -106,24 +110,27 @@ def test_a_server_that_is_gone_or_hangs_is_an_error_in_time(echo: Echo, number: 
     echo.signal(number)
     started = time.monotonic()
     with pytest.raises(PeerLostError, match="rendezvous"):
-        connect_link(echo.offer, "nobody", "127.0.0.1", 0.5)
+        LinkClient("127.0.0.1", 0.5).connect(echo.offer, "nobody")
     assert time.monotonic() - started < 2.0
 
 
 def test_tries_to_meet_a_server_that_hangs_leave_one_thread_and_it_is_met_once_it_goes_on(echo: Echo) -> None:
     def waiting() -> int:
-        return sum(thread.name == f"meet-{echo.offer.host}:{echo.offer.port}" for thread in threading.enumerate())
+        return sum(thread.name.startswith("meet-nobody") for thread in threading.enumerate())
 
+    client = LinkClient("127.0.0.1", 0.2)
     echo.signal(signal.SIGSTOP)
     for text in ("rendezvous", "still waits", "still waits"):
         with pytest.raises(PeerLostError, match=text):
-            connect_link(echo.offer, "nobody", "127.0.0.1", 0.2)
+            client.connect(echo.offer, "nobody")
         assert waiting() == 1
     echo.signal(signal.SIGCONT)
     deadline = time.monotonic() + DEADLINE_S
     while waiting():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    with pytest.raises(PeerLostError, match="rendezvous"):  # it is tried again, and there is really nobody
+        client.connect(echo.offer, "nobody")
     assert ask(echo.link()).tolist() == [0.0, 1.0, 2.0]
 
 
@@ -147,13 +154,103 @@ def test_a_peer_that_never_comes_holds_nobody_up() -> None:
     assert 1.5 < time.monotonic() - started < 5.0
 
 
-def open_pair(server: LinkServer) -> tuple[GlooLink, GlooLink]:
+def open_pair(server: LinkServer, name: str = "p") -> tuple[GlooLink, GlooLink]:
     found: list[GlooLink] = []
-    thread = threading.Thread(target=lambda: found.append(server.accept("p")))
+    thread = threading.Thread(target=lambda: found.append(server.accept(name)))
     thread.start()
-    link = connect_link(server.offer(), "p", "127.0.0.1", DEADLINE_S)
+    link = LinkClient("127.0.0.1", DEADLINE_S).connect(server.offer(), name)
     thread.join(DEADLINE_S)
     return link, found[0]
+
+
+WAITS: dict[str, Callable[[GlooLink], object]] = {
+    "recv": lambda link: link.recv([TensorSpec((3,))], FOREVER_S),
+    "rest": lambda link: link.recv([TensorSpec((FRAME_BYTES,), torch.uint8)], FOREVER_S),
+    "send": lambda link: [link.send([torch.ones(FRAME_BYTES)], FOREVER_S) for _ in range(2)],
+}
+
+
+class Using:
+    """A thread that uses a link until that breaks."""
+
+    def __init__(self, use: Callable[[], object]) -> None:
+        self._errors: queue.Queue[str] = queue.Queue()
+        self._thread = threading.Thread(target=lambda: self._errors.put(fails(use)), daemon=True)
+        self._thread.start()
+
+    def until_it_waits(self) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while self._thread.ident is None or self._function() not in ("send", "recv"):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    def _function(self) -> str:
+        """Where it is: gloo's waits are no functions of Python's."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return "" if frame is None else frame.f_code.co_name
+
+    def error(self) -> str:
+        return self._errors.get(timeout=DEADLINE_S)
+
+
+def fails(use: Callable[[], object]) -> str:
+    """What the `PeerLostError` says with which it ends."""
+    with pytest.raises(PeerLostError) as caught:
+        use()
+    return caught.value.message
+
+
+@pytest.mark.parametrize("waiting", WAITS)
+def test_a_link_closed_by_another_thread_ends_the_waits_of_both_sides_at_once(waiting: str) -> None:
+    link, other = open_pair(LinkServer("127.0.0.1", DEADLINE_S))
+    if waiting == "rest":  # of a message that has begun
+        other.send([torch.ones(1), torch.ones(1)], DEADLINE_S)
+        link.recv([TensorSpec((1,))], DEADLINE_S)
+    here, there = Using(lambda: WAITS[waiting](link)), Using(lambda: WAITS["recv"](other))
+    here.until_it_waits()
+    link.close()
+    assert here.error() == "the link 'p' broke: closed on this side"
+    assert there.error().startswith("the link 'p' broke: the peer sent nothing: ")
+    link.close()
+    for use in WAITS.values():
+        assert fails(functools.partial(use, link)) == "the link 'p' is broken: closed on this side"
+
+
+def play(link: GlooLink, is_first: bool, rounds: threading.Semaphore) -> None:
+    """Send three numbers there and back, without end."""
+    if is_first:
+        link.send([torch.arange(3.0)], FOREVER_S)
+    while True:
+        assert link.recv([TensorSpec((3,))], FOREVER_S)[0].tolist() == [0.0, 1.0, 2.0]
+        rounds.release()
+        link.send([torch.arange(3.0)], FOREVER_S)
+
+
+def test_links_closed_in_the_middle_of_their_work_end_it_with_an_error_and_nothing_else() -> None:
+    server = LinkServer("127.0.0.1", DEADLINE_S)
+    for number in range(20):
+        link, other = open_pair(server, f"p{number}")
+        rounds = threading.Semaphore(0)
+        players = [Using(functools.partial(play, of, of is link, rounds)) for of in (link, other)]
+        for _ in range(number):
+            assert rounds.acquire(timeout=DEADLINE_S)
+        closers = [threading.Thread(target=link.close) for _ in range(2)]
+        for closer in closers:
+            closer.start()
+        here, _ = [player.error() for player in players]
+        assert here.endswith("closed on this side")
+        for closer in closers:
+            closer.join(DEADLINE_S)
+
+
+def test_what_was_received_stays_while_the_next_message_is_under_way_and_until_it_is_taken() -> None:
+    link, other = open_pair(LinkServer("127.0.0.1", DEADLINE_S))
+    link.send([torch.full((3,), 1.0), torch.full((4,), 1.0)], DEADLINE_S)
+    first = other.recv([TensorSpec((3,))], DEADLINE_S)
+    link.send([torch.full((3,), 2.0)], DEADLINE_S)  # it has arrived, in other room
+    first += other.recv([TensorSpec((4,))], DEADLINE_S)
+    assert torch.cat(first).tolist() == [1.0] * 7
+    assert other.recv([TensorSpec((3,))], DEADLINE_S)[0].tolist() == [2.0] * 3
 
 
 def test_messages_arrive_whole_and_in_order() -> None:
@@ -182,7 +279,7 @@ def test_everything_listens_on_the_tensor_host_alone() -> None:
     found: list[GlooLink] = []
     thread = threading.Thread(target=lambda: found.append(server.accept("p")))
     thread.start()
-    link = connect_link(server.offer(), "p", "127.0.0.3", DEADLINE_S)
+    link = LinkClient("127.0.0.3", DEADLINE_S).connect(server.offer(), "p")
     thread.join(DEADLINE_S)
     assert {host for host, _ in listening() - before} == {"127.0.0.2", "127.0.0.3"}
     link.close()

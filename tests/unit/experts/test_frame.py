@@ -7,17 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.experts.frame import FRAME_BYTES, HEAD_BYTES, TensorSpec, Unpacking, pack
+from workers.experts.frame import FRAME_BYTES, HEAD, Room, TensorSpec, Unpacking
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
 SHAPES = st.sampled_from([(0,), (1,), (3,), (5, 7), (0, 4), (127, 129), (200, 200), (600, 300)])
 
 
-def received(frame: torch.Tensor) -> torch.Tensor:
+def received(frame: torch.Tensor) -> Unpacking:
     """As a link finds it: at the beginning of a room whose rest is anything."""
-    room = torch.full((FRAME_BYTES,), 255, dtype=torch.uint8)
-    room[: len(frame)] = frame
-    return room
+    room = Room()
+    room.tensor.fill_(255)
+    room.tensor[: len(frame)] = frame
+    return room.unpack()
 
 
 @given(st.lists(st.tuples(SHAPES, st.sampled_from(DTYPES)), min_size=1, max_size=8))
@@ -26,11 +27,12 @@ def test_tensors_come_out_as_they_went_in_and_only_what_has_no_room_travels_by_i
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randint(0, 100, shape, generator=generator).to(dtype) for shape, dtype in kinds]
-    frame, alone = pack(tensors)
+    room = Room()
+    room.pack([torch.ones(20_000)])  # what was there before does not matter
+    frame, alone = room.pack(tensors)
     assert len(frame) <= FRAME_BYTES
-    room = received(frame)
-    message = Unpacking(room)
-    room.zero_()  # the next frame may arrive at any time
+    message = received(frame)
+    room.tensor.zero_()  # the next frame may be packed at once
     by_itself = iter(alone)
     for tensor in tensors:
         assert message.num_left
@@ -46,14 +48,14 @@ def test_tensors_come_out_as_they_went_in_and_only_what_has_no_room_travels_by_i
 
 @pytest.mark.parametrize(
     "head",
-    [(0, 1), (HEAD_BYTES - 1, 1), (FRAME_BYTES + 1, 1), (-1, 1), (HEAD_BYTES, 0), (HEAD_BYTES, -1), (1 << 62, 1)],
+    [(0, 1), (HEAD.size - 1, 1), (FRAME_BYTES + 1, 1), (-1, 1), (HEAD.size, 0), (HEAD.size, -1), (1 << 62, 1)],
 )
 def test_what_is_no_frame_is_refused(head: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="a frame of"):
-        Unpacking(received(torch.tensor(head).view(torch.uint8)))
+        received(torch.tensor(head).view(torch.uint8))
 
 
 def test_a_tensor_that_was_not_sent_is_refused() -> None:
-    message = Unpacking(received(pack([torch.zeros(3)])[0]))
+    message = received(Room().pack([torch.zeros(3)])[0])
     with pytest.raises(ValueError, match="lacks a tensor"):
         message.take(TensorSpec((5,)))

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
@@ -21,7 +21,7 @@ from tests.support.models import TINY, Driver, random_weights
 from tests.support.numerics import numerics
 from tests.support.signals import send
 from workers.experts.backend import ExpertBackend, LocalExperts
-from workers.experts.exchange import GlooLink, LinkServer, connect_link
+from workers.experts.exchange import GlooLink, LinkClient, LinkServer
 from workers.experts.routed import RoutedExperts
 from workers.models.decoder import Decoder
 
@@ -71,7 +71,7 @@ class Workers:
     def open_link(self, peer: Peer) -> GlooLink:
         link_id = uuid.uuid4().hex
         self._pipes[peer.worker_id].send(link_id)
-        return connect_link(self._offers[peer.worker_id], link_id, "127.0.0.1", 5.0)
+        return LinkClient("127.0.0.1", 5.0).connect(self._offers[peer.worker_id], link_id)
 
     def signal(self, name: str, number: signal.Signals) -> None:
         pid = self.processes[name].pid
@@ -107,9 +107,15 @@ def local_logits(kind: str) -> torch.Tensor:
     return driver(local, kind).run([[(0, 30)], *[[(0, 1)]] * 10])[0]
 
 
-def routed(workers: Workers, kind: str, own: Sequence[int] = (), timeout_s: float = DEADLINE_S) -> RoutedExperts:
+def routed(
+    workers: Workers,
+    kind: str,
+    own: Sequence[int] = (),
+    timeout_s: float = DEADLINE_S,
+    on_change: Callable[[], None] = lambda: None,
+) -> RoutedExperts:
     shard = take_shard(experts_of(random_weights(TINY)), in_moe_layers(TINY, own))
-    return RoutedExperts(TINY, numerics(kind), timeout_s, workers.open_link, shard)
+    return RoutedExperts(TINY, numerics(kind), timeout_s, workers.open_link, shard, on_change)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,9 +144,8 @@ def test_logits_are_those_of_one_worker_bit_for_bit(workers: Workers, own: Seque
 def test_killed_workers_change_nothing_with_a_replica_and_else_hold_the_step_up(workers: Workers, kind: str) -> None:
     held = {"a": EVEN, "b": ODD, "c": (0, 1, 2, 4, 6)}
     workers.start(held, kind)
-    experts = routed(workers, kind)
     changes: list[bool] = []
-    experts.on_change = lambda: changes.append(experts.ready)
+    experts = routed(workers, kind, on_change=lambda: changes.append(experts.ready))
     experts.set_route(make_route(1, TINY, held))
     run = driver(experts, kind)
     logits = run.step([(0, 30)])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import pytest
 import torch
 
-from cluster.errors import ConfigError, PeerLostError
+from cluster.errors import ConfigError, PeerLostError, PeerRefusedError
 from cluster.protocol import Peer
 from tests.support.experts import FaultyLink, experts_of, make_host, make_route, serve_in_thread
 from tests.support.models import TINY, random_weights
@@ -32,6 +32,7 @@ class Peers:
         self._hosts = {name: make_host(TINY, WEIGHTS, BLOCKS, ids) for name, ids in held.items()}
         self._fails = fails or {}
         self.down: set[str] = set()
+        self.unlike: set[str] = set()
         self.opened: list[str] = []
         self.links: dict[str, FaultyLink] = {}
 
@@ -39,14 +40,16 @@ class Peers:
         self.opened.append(peer.worker_id)
         if peer.worker_id in self.down:
             raise PeerLostError("nobody is there")
+        if peer.worker_id in self.unlike:
+            raise PeerRefusedError(f"{peer.worker_id} computes another model")
         link = FaultyLink(
             serve_in_thread(self._hosts[peer.worker_id]), self._fails.get(peer.worker_id, lambda *_: False)
         )
         self.links[peer.worker_id] = link
         return link
 
-    def experts(self) -> RoutedExperts:
-        return RoutedExperts(TINY, BLOCKS, 1.0, self.open_link)
+    def experts(self, on_change: Callable[[], None] = lambda: None) -> RoutedExperts:
+        return RoutedExperts(TINY, BLOCKS, 1.0, self.open_link, on_change=on_change)
 
 
 INPUTS = torch.Generator().manual_seed(5)
@@ -155,9 +158,8 @@ def test_peers_that_cannot_be_reached_are_lost_and_tried_again() -> None:
     held = {"a": EVEN, "b": ODD}
     peers = Peers(held)
     peers.down = {"b"}
-    experts = peers.experts()
     seen: list[bool] = []
-    experts.on_change = lambda: seen.append(experts.ready)
+    experts = peers.experts(on_change=lambda: seen.append(experts.ready))
     experts.set_route(make_route(1, TINY, held))
     assert experts.lost_peers == ("b",)
     peers.down.clear()
@@ -165,6 +167,23 @@ def test_peers_that_cannot_be_reached_are_lost_and_tried_again() -> None:
     assert experts.lost_peers == ()
     assert seen == [False, True]
     assert peers.opened.count("a") == 1
+
+
+def test_a_peer_that_takes_no_link_is_lost_and_its_words_are_kept_until_it_takes_one() -> None:
+    held = {"a": EVEN, "b": ODD}
+    peers = Peers(held)
+    peers.unlike = {"b"}
+    experts = peers.experts()
+    assert experts.refusal is None
+    experts.set_route(make_route(1, TINY, held))
+    assert (experts.ready, experts.lost_peers) == (False, ("b",))
+    assert experts.refusal == "b computes another model"
+    peers.unlike, peers.down = set(), {"b"}
+    experts.set_route(make_route(2, TINY, held))
+    assert (experts.lost_peers, experts.refusal) == (("b",), None)
+    peers.down.clear()
+    experts.set_route(make_route(3, TINY, held))
+    assert (experts.ready, experts.refusal) == (True, None)
 
 
 def test_a_peer_that_opens_too_late_is_let_go_and_holds_nobody_up() -> None:

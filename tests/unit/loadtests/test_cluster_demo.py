@@ -179,17 +179,17 @@ def cluster() -> Iterator[FakeCluster]:
 def _watch(cluster: FakeCluster, body: dict[str, Any], role: Role | None) -> tuple[TokenStream, Any, str]:
     out = io.StringIO()
     console = Console(file=out, soft_wrap=True)
-    stream, stroke = watch(console, cast(LocalCluster, cluster), body, role)
-    return stream, stroke, out.getvalue()
+    stream, killed = watch(console, cast(LocalCluster, cluster), body, role)
+    return stream, killed, out.getvalue()
 
 
 def test_a_kill_is_real_and_is_told_where_it_happened(cluster: FakeCluster) -> None:
-    stream, stroke, shown = _watch(cluster, {"is_disturbed": True}, "attention")
+    stream, killed, shown = _watch(cluster, {"is_disturbed": True}, "attention")
     assert cluster.worker.poll() == -signal.SIGKILL
     assert stream.error == ""
     assert stream.ids == list(range(2 * KILL_AFTER))
-    assert stroke.pid == cluster.worker.pid
-    assert stream.pause_s(stroke.at_s) >= PAUSE_S
+    assert killed.pid == cluster.worker.pid
+    assert stream.pause_s(killed.at_s) >= PAUSE_S
     assert f"SIGKILL to process {cluster.worker.pid}: attention-0, which runs this chat" in shown
     assert "[the text stops ... goes on after " in shown
     words = [word for word in shown.split() if word[1:].isdigit() and word[0] == "w"]
@@ -197,8 +197,8 @@ def test_a_kill_is_real_and_is_told_where_it_happened(cluster: FakeCluster) -> N
 
 
 def test_an_undisturbed_stream_is_its_text_alone(cluster: FakeCluster) -> None:
-    stream, stroke, shown = _watch(cluster, {}, None)
-    assert stroke is None
+    stream, killed, shown = _watch(cluster, {}, None)
+    assert killed is None
     assert shown.split() == [f"w{index}" for index in range(2 * KILL_AFTER)]
     assert stream.text.strip() == shown.strip()
     assert cluster.worker.poll() is None

@@ -27,7 +27,7 @@ def others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is set for other clusters."""
     monkeypatch.setenv("FORETOKEN_HOME", str(tmp_path))
     monkeypatch.setenv("FORETOKEN_STORE", "redis://elsewhere")
-    monkeypatch.setenv("FORETOKEN_LEASE_S", "30")
+    monkeypatch.setenv("FORETOKEN_LEASE_S", "3")
     monkeypatch.setenv("FORETOKEN_TOKEN", "theirs")
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere:1")
 
@@ -60,6 +60,10 @@ class Told(LocalCluster):
 
     known: dict[str, int] = field(default_factory=dict)
     seen: ClusterStatus | None = None
+    starting: str = ""
+
+    def is_up(self, node: str) -> bool:
+        return node != self.starting
 
     def children(self) -> dict[str, int]:
         return self.known
@@ -131,6 +135,30 @@ def test_what_is_missing_is_said(
         if problem:
             with pytest.raises(BenchError, match=r"not whole after 0 s: .*; see the logs in"):
                 cluster.wait_whole(0.0)
+
+
+def test_a_node_whose_ray_is_still_starting_is_missing_though_its_workers_report() -> None:
+    with Child("idle", ["sleep", "60"], os.environ) as child:
+        cluster = Told(child, own_settings(local=2), known=CHILDREN, seen=_now(_status(8, 8)), starting="ray-1")
+        assert cluster.problem() == "ray-1 starting"
+
+
+@pytest.mark.needs("linux")
+def test_a_node_is_up_once_its_ray_says_so_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = own_settings(local=1).model_copy(update={"home": tmp_path})
+    log = ClusterFiles(settings).logs / "ray-0.log"
+    log.parent.mkdir(parents=True)
+    raylet = tmp_path / "raylet"
+    raylet.symlink_to("/bin/sleep")
+    with Child("idle", [str(raylet), "60"], os.environ) as child, Child("other", ["sleep", "60"], os.environ) as other:
+        cluster = Told(child, settings, known={"ray-0": child.pid, "ray-1": other.pid})
+        before = f"{cluster_process.STARTING} 1\n{cluster_process.STARTED}\n"
+        for said, is_up in ((before, True), (f"{before}{cluster_process.STARTING} 1\n", False)):
+            log.write_text(said)
+            assert LocalCluster.is_up(cluster, "ray-0") == is_up
+        log.with_name("ray-1.log").write_text(before)
+        assert not LocalCluster.is_up(cluster, "ray-1")  # its command runs, and no raylet does
+        assert not LocalCluster.is_up(cluster, "ray-2")
 
 
 def test_a_gateway_that_is_not_ready_is_missing() -> None:

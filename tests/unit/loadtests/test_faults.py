@@ -53,12 +53,17 @@ def test_every_part_of_a_cluster_is_killed_and_what_can_hang_is_stopped() -> Non
         "attention": signal.SIGKILL,
         "controller": signal.SIGKILL,
         "redis": signal.SIGKILL,
+        "controller_expert": signal.SIGKILL,
         "ray_head": signal.SIGKILL,
         "expert_hung": signal.SIGSTOP,
         "attention_hung": signal.SIGSTOP,
         "controller_hung": signal.SIGSTOP,
+        "redis_hung": signal.SIGSTOP,
+        "gateway_hung": signal.SIGSTOP,
     }
-    assert [kind.name for kind in KINDS if kind.may_pause] == ["expert", "attention", "expert_hung", "attention_hung"]
+    never_pause = {"controller", "redis", "controller_hung", "redis_hung", "ray_head"}
+    assert {kind.name for kind in KINDS if not kind.may_pause} == never_pause
+    assert [kind.name for kind in KINDS if kind.breaks_streams] == ["gateway_hung"]
 
 
 def test_an_attention_worker_is_at_work_when_it_has_requests_that_run_or_wait() -> None:
@@ -108,6 +113,15 @@ def test_a_controller_is_killed_with_what_it_started() -> None:
     wait_for_end(bridge, DEADLINE_S)
 
 
+@pytest.mark.needs("linux")
+def test_two_are_struck_at_the_same_moment(sleeper: subprocess.Popen[bytes]) -> None:
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as other:
+        before = replace(BEFORE, children={"controller": other.pid}, workers={"expert-0": sleeper.pid})
+        assert _kind("controller_expert").strike(before, "expert-0").is_delivered
+        assert other.wait(DEADLINE_S) == sleeper.wait(DEADLINE_S) == -signal.SIGKILL
+        assert not _kind("controller_expert").strike(before, "expert-0").is_delivered
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "after", "said"),
     [
@@ -135,6 +149,25 @@ def test_a_kill_that_struck_nothing_is_known(kind: str, name: str, after: Look, 
         ("controller_hung", "controller", _look(children={"controller": 99}), "no other controller leads"),
         ("controller_hung", "controller", _look(children={"controller": 99}, epoch=4), ""),
         ("redis", "redis", _look(children={"redis": 99}), ""),
+        (
+            "controller_expert",
+            "expert-0",
+            _look(epoch=4, workers={"expert-0": 9}),
+            "controller has not been started again",
+        ),
+        (
+            "controller_expert",
+            "expert-0",
+            _look(epoch=4, children={"controller": 9}),
+            "expert-0 has not been started again",
+        ),
+        (
+            "controller_expert",
+            "expert-0",
+            _look(children={"controller": 9}, workers={"expert-0": 9}),
+            "no other controller leads",
+        ),
+        ("controller_expert", "expert-0", _look(epoch=4, children={"controller": 9}, workers={"expert-0": 9}), ""),
     ],
 )
 def test_a_fault_is_over_when_who_was_struck_is_there_again(kind: str, name: str, now: Look | None, said: str) -> None:

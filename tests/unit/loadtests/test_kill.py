@@ -85,6 +85,15 @@ def test_each_fault_is_one(done: Round, fault: str) -> None:
     assert _tally(GOOD).faults == []
 
 
+def test_a_stream_that_ended_with_its_gateway_is_counted_with_a_note_and_is_no_fault() -> None:
+    tally = _tally(Round(Difference(50), cut=3), Round(Difference(50), cut=1, failed=1))
+    assert tally.faults == ["1 requests failed"]
+    for case in ("gateway_hung", "all"):
+        (row,) = [row for row in rows({"gateway_hung": tally}) if (row.case, row.metric) == (case, "requests_failed")]
+        assert (row.value, row.note.partition(" ")[0]) == (5.0, "4")
+    assert _tally(Round(Difference(50), cut=3)).faults == []
+
+
 # -------------------------------------------------------------------------------------------- kills that strike nothing
 
 

@@ -54,6 +54,7 @@ class Gateway:
 
     holds: threading.Event = field(default_factory=threading.Event)  # set: nothing is waited for
     status: int = 200
+    cuts: int = 0  # so many of the next streams it breaks off in their middle
     url: str = ""
     num_asked: int = 0
 
@@ -66,6 +67,11 @@ class Gateway:
         for index in range(NUM_TOKENS):
             if index == NUM_TOKENS // 2:
                 await asyncio.to_thread(self.holds.wait, DEADLINE_S)
+                if self.cuts:
+                    self.cuts -= 1
+                    assert request.transport is not None
+                    request.transport.abort()
+                    return response
             reason = "length" if index == NUM_TOKENS - 1 else None
             event = {"choices": [{"text": "w", "token_ids": [index], "finish_reason": reason}]}
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
@@ -189,6 +195,21 @@ def test_a_request_that_fails_is_not_sent_again(gateway: Gateway) -> None:
     done = compared(disturbance.streams, [_sampled([1, 2]), _sampled([1, 2])])
     assert (done.failed, done.difference.lost) == (2, 4)
     assert "HTTP 503" in done.first_error
+
+
+@pytest.mark.parametrize(("cuts", "cut", "failed"), [(2, 2, 0), (3, 2, 1)])
+def test_where_a_fault_breaks_streams_each_is_sent_once_more_when_it_is_over(
+    gateway: Gateway, cuts: int, cut: int, failed: int
+) -> None:
+    gateway.cuts = cuts
+    disturbance, over = _disturb(_fault(breaks_streams=True), 1)
+    assert over is not None
+    assert [len(again) for again in disturbance.streams] == [2, 2]
+    expected = TokenStream([Sample(list(range(NUM_TOKENS)), text="w" * NUM_TOKENS, finish_reason="length")])
+    done = compared(disturbance.streams, [expected] * 2, breaks_streams=True)
+    assert (done.cut, done.failed, done.difference.lost) == (cut, failed, failed * NUM_TOKENS // 2)
+    assert done.difference.repeated == done.difference.differing == 0
+    assert compared(disturbance.streams, [expected] * 2).failed == cuts  # nothing of another fault's is forgiven
 
 
 def test_without_an_undisturbed_run_there_is_nothing_to_compare_with(gateway: Gateway) -> None:

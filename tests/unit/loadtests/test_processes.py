@@ -46,6 +46,12 @@ def echo(tmp_path: Path) -> dict[str, str]:
     return environment() | {"PYTHONPATH": str(tmp_path)}
 
 
+def test_a_benchs_own_server_has_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORETOKEN_API_KEY", "FORETOKEN_API_KEY_FILE", "FORETOKEN_ADMIN_API_KEY", "FORETOKEN_HOME"):
+        monkeypatch.setenv(name, "given")
+    assert {name for name, value in environment().items() if value == "given"} == {"FORETOKEN_HOME"}
+
+
 def test_a_line_is_answered_by_a_line(echo: dict[str, str]) -> None:
     with LineProcess("echo_lines", env=echo) as process:
         for number in range(3):

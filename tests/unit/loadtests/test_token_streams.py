@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from loadtests.token_streams import Difference, Sample, TokenStream, compare, compare_streams, read_stream
+from loadtests.token_streams import Difference, Sample, TokenStream, compare, compare_cut, compare_streams, read_stream
 
 EXPECTED = [5, 7, 7, 1, 9, 3, 3, 8]
 
@@ -54,6 +54,24 @@ def _sample(ids: list[int], text: str = "a b", reason: str = "length", logprobs:
 )
 def test_every_choice_and_its_text_and_end_are_compared(got: TokenStream, difference: Difference) -> None:
     assert compare_streams(got, _stream(_sample([1, 2]), _sample([3]))) == difference
+
+
+@pytest.mark.parametrize(
+    ("ids", "text", "logprobs", "difference"),
+    [
+        ([1, 2], "a ", (b"-1",), Difference(2)),
+        ([], "", (), Difference(0)),
+        ([1, 4], "a ", (b"-1",), Difference(2, differing=1)),
+        ([1, 1, 2], "a ", (), Difference(3, lost=1, repeated=1)),
+        ([1, 2], "b", (b"-2",), Difference(2, logprobs=1, texts=1)),
+        ([1, 2, 3, 9], "a b", (), Difference(3, repeated=1)),
+    ],
+)
+def test_of_a_stream_that_was_cut_off_what_came_is_compared(
+    ids: list[int], text: str, logprobs: tuple[bytes, ...], difference: Difference
+) -> None:
+    expected = _stream(_sample([1, 2, 3], logprobs=(b"-1", b"-2", b"-3")), _sample([4]))
+    assert compare_cut(_stream(_sample(ids, text, logprobs=logprobs)), expected) == difference
 
 
 def test_logprobs_are_compared_one_by_one() -> None:
@@ -118,19 +136,20 @@ def _read(body: bytes, status: int = 200, **asked: Any) -> TokenStream:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "ids", "error"),
+    ("status", "body", "ids", "error", "is_cut"),
     [
-        (200, EVENT + END, [3, 4, 5], ""),
-        (200, EVENT, [3, 4], "before [DONE]"),
-        (200, EVENT + FAILED, [3, 4], "worker_lost"),
-        (503, b"busy", [], "HTTP 503: busy"),
+        (200, EVENT + END, [3, 4, 5], "", False),
+        (200, EVENT, [3, 4], "before [DONE]", True),
+        (200, EVENT + FAILED, [3, 4], "worker_lost", False),
+        (503, b"busy", [], "HTTP 503: busy", False),
     ],
 )
-def test_a_stream_is_read_with_its_error(status: int, body: bytes, ids: list[int], error: str) -> None:
+def test_a_stream_is_read_with_its_error(status: int, body: bytes, ids: list[int], error: str, is_cut: bool) -> None:
     stream = _read(body, status)
     assert stream.ids == ids
     assert error in stream.error
     assert bool(stream.error) == bool(error)
+    assert stream.is_cut == is_cut
     assert stream.sent_s < stream.ended_s
 
 

@@ -252,6 +252,8 @@ def test_the_sampler_draws_json_from_noise(compiler: GrammarCompiler, tokenizer:
             "nests too deeply",
         ),
         (schema(EXPLODES), "more than 0.6 s"),
+        (Grammar(kind="lark", source=f"start: <[1]> value\nvalue: %json {json.dumps(EXPLODES)}"), "more than 0.6 s"),
+        (Grammar(kind="lark", source='root ::= "a"'), "cannot be used"),
     ],
 )
 def test_what_cannot_be_compiled_is_a_clear_error(

@@ -32,6 +32,7 @@ class FakeMatcher:
     """A grammar that allows fixed tokens."""
 
     error = ""
+    is_active = True
 
     def __init__(self, *allowed: int) -> None:
         self._allowed = allowed

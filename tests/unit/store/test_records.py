@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from cluster.protocol import Lead
-from cluster.store.records import MAX_EPOCH, ClusterStatus, Reader, WorkerRecord, decode_epoch, decode_lead
+from cluster.store.records import MAX_EPOCH, ClusterStatus, Reader, decode_epoch, decode_lead
+from tests.support.worker_records import RECORD
 
 GARBAGE = [b"", b"\xff\x00", b"{", b"[]", b"null", b'{"x":' + b"[" * 100_000, b"9" * 5000]
 decode = msgspec.json.Decoder(Lead).decode
@@ -30,11 +31,6 @@ def test_a_value_that_cannot_be_read_is_told_of_once(caplog: pytest.LogCaptureFi
             told.append(len(caplog.records) - before)
     assert told == [1, 0, 1, 1, 0, 1]
     assert "the store's a/b cannot be read and is passed over" in caplog.text
-
-
-RECORD = WorkerRecord(
-    name="expert-0", role="expert", node_id="n", device_id="cpu", address="a:1", worker_id="w", pid=7, memory_bytes=9
-)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
@@ -10,7 +11,7 @@ from redis.asyncio import Redis
 
 from cluster.errors import ConfigError, StoreUnavailableError, UnavailableError
 from cluster.store import open_store
-from cluster.store.base import Message, Put, Snapshot, Versioned
+from cluster.store.base import Published, Put, Snapshot, Versioned
 from cluster.store.memory import MAX_QUEUED_MESSAGES, MemoryStore
 from cluster.store.redis import RedisStore
 from tests.support.redis_server import RedisServer
@@ -133,6 +134,34 @@ def test_a_redis_that_was_emptied_in_passing_gives_a_watch_a_new_snapshot(server
     _run(body, server.url)
 
 
+def test_what_somebody_else_wrote_is_passed_over_and_told_of_once(
+    server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(store: RedisStore) -> None:
+        version = await store.compare_and_set("r/a", b"\xff", expected=0) or 0
+        wanted = {"r/a": Versioned(b"\xff", version)}
+        watch = store.watch("r/")
+        assert await watch.next(DEADLINE_S) == Snapshot(wanted, "start")
+        redis = Redis.from_url(server.url)
+        room = "{foretoken/r}:"
+        for key, written in ((b"r/\xff", b"1"), ("r/é".encode(), b"2"), (b"r/b", b"no number")):
+            await redis.hset(f"{room}values", key, b"\xff")
+            await redis.hset(f"{room}versions", key, written)
+        following = await redis.incr(f"{room}version")
+        await redis.xadd(f"{room}log", {"kind": "put", "key": b"r/\xff", "value": b""}, id=f"{following}-0")
+        await redis.aclose()
+        assert await store.entries("r/") == await store.entries("r/") == wanted
+        assert await watch.next(DEADLINE_S) == Snapshot(wanted, "behind")
+        later = await store.compare_and_set("r/c", b"", expected=0) or 0
+        assert await watch.next(DEADLINE_S) == Put("r/c", b"", later)
+
+    with caplog.at_level(logging.WARNING):
+        _run(body, server.url)
+    told = [record.getMessage() for record in caplog.records if record.name == "cluster.store.redis"]
+    assert len(told) == 3
+    assert all("cannot be read and is passed over" in line for line in told)
+
+
 async def _drop_connections(url: str) -> None:
     redis = Redis.from_url(url)
     for kind in ("normal", "pubsub"):
@@ -144,16 +173,16 @@ def test_a_subscription_says_where_messages_may_be_missing(server: RedisServer) 
     async def body(store: RedisStore) -> None:
         async with await store.subscribe("news/a") as subscription:
             await store.publish("news/a", b"1")
-            assert await subscription.next(DEADLINE_S) == Message(b"1")
+            assert await subscription.next(DEADLINE_S) == Published(b"1")
             server.kill()
             with pytest.raises(StoreUnavailableError):
                 await subscription.next(0.2)
             server.start()
             assert await subscription.next(0.2) is None  # subscribed again
             await store.publish("news/a", b"2")
-            assert await subscription.next(DEADLINE_S) == Message(b"2", gap=True)
+            assert await subscription.next(DEADLINE_S) == Published(b"2", gap=True)
             await store.publish("news/a", b"3")
-            assert await subscription.next(DEADLINE_S) == Message(b"3")
+            assert await subscription.next(DEADLINE_S) == Published(b"3")
 
     _run(body, server.url)
 
@@ -185,7 +214,7 @@ def test_a_slow_subscriber_of_the_embedded_store_loses_its_oldest_messages_and_k
         async with await store.subscribe("news/a") as subscription:
             for i in range(MAX_QUEUED_MESSAGES + 1):
                 await store.publish("news/a", b"%d" % i)
-            assert await subscription.next(DEADLINE_S) == Message(b"1", gap=True)
-            assert await subscription.next(DEADLINE_S) == Message(b"2")
+            assert await subscription.next(DEADLINE_S) == Published(b"1", gap=True)
+            assert await subscription.next(DEADLINE_S) == Published(b"2")
 
     asyncio.run(body())

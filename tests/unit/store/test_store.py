@@ -16,7 +16,7 @@ from cluster.store.base import (
     MAX_VALUE_BYTES,
     Change,
     Deleted,
-    Message,
+    Published,
     Put,
     Snapshot,
     Store,
@@ -332,6 +332,22 @@ def test_a_cancelled_wait_loses_nothing(world: World) -> None:
     _run(body, world)
 
 
+def test_values_are_bytes_of_any_kind_however_they_are_read(world: World) -> None:
+    async def body(store: Store) -> None:
+        watch = store.watch("r/")
+        await _snapshot(watch)
+        wanted: dict[str, Versioned] = {}
+        for i, value in enumerate((b"\xff", b"\xc3\x28", b"\x00\r\n", b"")):
+            version = await store.compare_and_set(f"r/{i}", value, expected=0) or 0
+            wanted[f"r/{i}"] = Versioned(value, version)
+            assert await _changes(watch, 1) == [Put(f"r/{i}", value, version)]
+        assert {key: await store.get(key) for key in wanted} == wanted
+        assert await store.entries("r/") == wanted
+        assert (await _snapshot(store.watch("r/"))).entries == wanted
+
+    _run(body, world)
+
+
 def test_messages_reach_every_subscriber_of_the_channel_in_order(world: World) -> None:
     async def body(store: Store, other: Store) -> None:
         await other.publish("news/a", b"before anybody listens")
@@ -344,14 +360,15 @@ def test_messages_reach_every_subscriber_of_the_channel_in_order(world: World) -
                 await other.publish("news/a", b"%d" % i)
             for subscription in (first, second):
                 got = [await subscription.next(DEADLINE_S) for _ in range(10)]
-                assert got == [Message(b"%d" % i) for i in range(10)]
+                assert got == [Published(b"%d" % i) for i in range(10)]
             assert await elsewhere.next(0.05) is None
 
     _run(body, world, world)
 
 
 @pytest.mark.parametrize(
-    "key", ["", "room", "/name", "room/", "a b/c", "r/é", "r/a b", "r/a\n", "{r}/a", "r/" + "k" * 511]
+    "key",
+    ["", "room", "/name", "room/", "a b/c", "r/é", "r/\udcff", "r/\x7f", "r/a b", "r/a\n", "{r}/a", "r/" + "k" * 511],
 )
 def test_a_malformed_key_is_refused(world: World, key: str) -> None:
     async def body(store: Store) -> None:

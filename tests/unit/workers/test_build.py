@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -9,7 +10,7 @@ import pytest
 
 from cluster.control.topology import LOAD_SHARE
 from cluster.errors import CheckpointError, ConfigError
-from cluster.protocol import Launch, Peer, Role, Sampling, Stopping, Submit
+from cluster.protocol import Launch, Likeness, Peer, Role, Sampling, Stopping, Submit
 from tests.support.checkpoints import CONFIG, random_tensors, write
 from tests.support.experts import make_route, serve_in_thread
 from tests.support.numerics import KERNELS_DIR
@@ -17,6 +18,7 @@ from tests.support.tokenizers_ import build
 from workers.build import WEIGHTS_SHARE, build_engine, build_expert_host
 from workers.engine import Engine
 from workers.experts.backend import LocalExperts
+from workers.experts.exchange import PeerLink
 from workers.experts.host import ExpertHost
 from workers.models.weights import MoEWeights
 
@@ -69,14 +71,19 @@ def test_attention_and_experts_apart_give_the_tokens_of_one_worker(checkpoint: P
     held = {"a": (0, 3), "b": (1, 2)}
     hosts: dict[str, ExpertHost] = {}
     for name, ids in held.items():
-        hosts[name] = build_expert_host(make_launch(checkpoint, "expert", kernels_dir=kernels_dir))
+        built = build_expert_host(make_launch(checkpoint, "expert", kernels_dir=kernels_dir))
+        assert built.likeness == whole.likeness
+        hosts[name] = built.host
         assert hosts[name].experts == ((), (), ())
         hosts[name].assign((ids, (), ids))
 
-    def open_link(peer: Peer) -> object:
-        return serve_in_thread(hosts[peer.worker_id])
+    def link_opener(likeness: Likeness) -> Callable[[Peer], PeerLink]:
+        assert likeness == whole.likeness
+        return lambda peer: serve_in_thread(hosts[peer.worker_id])
 
-    apart = build_engine(make_launch(checkpoint, "attention", kernels_dir=kernels_dir), open_link=open_link)  # type: ignore[arg-type]
+    apart = build_engine(make_launch(checkpoint, "attention", kernels_dir=kernels_dir), link_opener=link_opener)
+    changes: list[bool] = []
+    apart.experts_changed.listen(lambda: changes.append(apart.experts is not None and apart.experts.ready))
     experts = apart.experts
     assert experts is not None
     assert apart.engine.decoder.experts is experts
@@ -88,13 +95,15 @@ def test_attention_and_experts_apart_give_the_tokens_of_one_worker(checkpoint: P
     assert not experts.ready
     experts.set_route(make_route(1, apart.engine.decoder.spec, held))
     assert experts.ready
+    assert changes == [True]
     assert tokens_of(apart.engine) == tokens_of(whole.engine)
     experts.close()
 
 
 def test_a_dense_model_needs_no_route(tmp_path: Path) -> None:
     path = write(build("byte_level", tmp_path), DENSE, random_tensors(DENSE))
-    apart = build_engine(make_launch(path, "attention"), open_link=lambda _: pytest.fail("nobody is to be reached"))
+    nobody = make_launch(path, "attention")
+    apart = build_engine(nobody, link_opener=lambda _: lambda _: pytest.fail("nobody is to be reached"))
     assert apart.experts is not None
     assert apart.experts.ready
     assert tokens_of(apart.engine) == tokens_of(build_engine(make_launch(path, "all")).engine)
@@ -109,7 +118,8 @@ def test_a_controller_knows_what_a_worker_would_refuse() -> None:
 
 def test_an_expert_worker_takes_no_more_than_the_machine_has(checkpoint: Path) -> None:
     expert_bytes = 3 * 32 * 24 * 4
-    host = build_expert_host(make_launch(checkpoint, "expert", host_memory_bytes=4 * expert_bytes))  # nine tenths of it
+    launch = make_launch(checkpoint, "expert", host_memory_bytes=4 * expert_bytes)  # nine tenths of it
+    host = build_expert_host(launch).host
     host.assign(((0, 1), (), (2,)))
     with pytest.raises(CheckpointError, match="are free on cpu"):
         host.assign(((0, 1, 2), (), (2,)))

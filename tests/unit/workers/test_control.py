@@ -16,7 +16,7 @@ import pytest
 
 from cluster.errors import CheckpointError
 from cluster.protocol import SERVICE, Assign, Lead, Route, WorkerReport
-from tests.support.worker_process import DEADLINE_S, Controller, control
+from tests.support.worker_process import DEADLINE_S, ControlStream, control
 from workers.control import ControlService
 from workers.lease import Lease
 
@@ -119,7 +119,7 @@ def test_a_stream_begins_with_lead() -> None:
     async def run() -> None:
         async with serving() as served, grpc.aio.insecure_channel(served.address) as channel:
             for message in (assign(1), {"type": "nothing of ours"}):
-                stranger = Controller(channel)
+                stranger = ControlStream(channel)
                 await stranger.send(message)
                 assert await stranger.code() == grpc.StatusCode.INVALID_ARGUMENT
             assert served.subject.orders == []

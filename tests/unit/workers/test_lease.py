@@ -48,6 +48,16 @@ def test_a_renewal_begins_the_time_again() -> None:
     assert ended_s[0] - renewed_s >= 0.4  # a look may already have taken the last renewal but one
 
 
+def test_a_renewal_may_be_for_longer_and_the_next_takes_that_back() -> None:
+    died = threading.Event()
+    lease = Lease(0.2, "", died.set)
+    lease.start()
+    lease.renew(3600.0)
+    assert not died.wait(2.0)
+    lease.renew()
+    assert died.wait(DEADLINE_S)
+
+
 def test_a_process_whose_main_thread_hangs_ends_as_well() -> None:
     script = "from workers.lease import Lease\nLease(0.2, '').start()\nwhile True: pass"
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=DEADLINE_S)

@@ -15,12 +15,14 @@ import grpc.aio
 import msgspec
 import pytest
 
-from cluster.errors import PeerLostError
-from cluster.protocol import LINK_METHOD, SERVICE, Launch, LinkOffer, OpenLink, Peer
+from cluster.errors import PeerLostError, PeerRefusedError
+from cluster.protocol import LINK_METHOD, SERVICE, Launch, Likeness, LinkOffer, OpenLink, Peer
 from tests.support.worker_process import DEADLINE_S, POLL_S, bearer
-from workers import links
-from workers.auth import TokenCheck
+from workers.auth import TokenCheck, VersionCheck
+from workers.experts.exchange import LinkClient
 from workers.links import MAX_PENDING_LINKS, ExpertService, link_opener
+
+LIKENESS = Likeness(checkpoint="abc", dtype="float32", numerics="invariant", arithmetic="host kernels 1")
 
 
 class FakeLink:
@@ -78,10 +80,11 @@ class Served:
 
 
 @contextlib.asynccontextmanager
-async def serving(token: str | None = None) -> AsyncIterator[Served]:
+async def serving(token: str | None = None, likeness: Likeness = LIKENESS) -> AsyncIterator[Served]:
     fakes: tuple[Any, Any] = (FakeHost(), FakeLinks())
-    service = ExpertService(*fakes, worker_id="me")
-    server = grpc.aio.server(interceptors=[TokenCheck(token)] if token else [])
+    service = ExpertService(fakes[0], likeness, fakes[1], worker_id="me")
+    checks: list[grpc.aio.ServerInterceptor] = [TokenCheck(token)] if token else []
+    server = grpc.aio.server(interceptors=[*checks, VersionCheck("expert-0")])
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, service.handlers()),))
     with tempfile.TemporaryDirectory() as folder:
         address = f"unix:{folder}/e.sock"
@@ -96,7 +99,7 @@ async def serving(token: str | None = None) -> AsyncIterator[Served]:
 
 
 async def ask(served: Served, body: bytes | None = None, token: str | None = None, **request: str) -> LinkOffer:
-    message = OpenLink(**({"link_id": "a", "from_name": "attention-0"} | request))
+    message = OpenLink(likeness=LIKENESS, **({"link_id": "a", "from_name": "attention-0"} | request))
     async with grpc.aio.insecure_channel(served.address) as channel:
         call = channel.unary_unary(LINK_METHOD)
         answer = await call(body or msgspec.msgpack.encode(message), timeout=DEADLINE_S, metadata=bearer(token))
@@ -131,7 +134,7 @@ def test_what_is_no_request_for_this_worker_is_refused() -> None:
             assert await refused(served, b"\xc1") == grpc.StatusCode.INVALID_ARGUMENT
             assert await refused(served, link_id="") == grpc.StatusCode.INVALID_ARGUMENT
             assert await refused(served, link_id="x" * 1000) == grpc.StatusCode.INVALID_ARGUMENT
-            assert await refused(served, worker_id="before me") == grpc.StatusCode.FAILED_PRECONDITION
+            assert await refused(served, worker_id="before me") == grpc.StatusCode.NOT_FOUND
             served.service.drain()
             assert await refused(served) == grpc.StatusCode.UNAVAILABLE
             assert served.service.idle
@@ -178,7 +181,7 @@ def test_a_link_that_fails_says_so_once_and_ends_alone(
     assert lines == [f"the link from 'attention-0' {line}"] * 2
 
 
-def opener(token: str | None = None) -> Callable[[Peer], Any]:
+def opener(token: str | None = None, likeness: Likeness = LIKENESS) -> Callable[[Peer], Any]:
     launch = Launch(
         address="",
         model_path="",
@@ -188,12 +191,14 @@ def opener(token: str | None = None) -> Callable[[Peer], Any]:
         tensor_host="there",
         peer_timeout_s=5,
     )
-    return link_opener(launch)
+    return link_opener(launch, likeness)
 
 
 def test_an_attention_worker_asks_for_a_link_and_meets_its_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    clients: list[tuple[Any, ...]] = []
     met: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(links, "connect_link", lambda *values: met.append(values) or "a link")
+    monkeypatch.setattr(LinkClient, "__init__", lambda _, *values: clients.append(values))
+    monkeypatch.setattr(LinkClient, "connect", lambda _, *values: met.append(values) or "a link")
 
     async def run() -> None:
         async with serving(token="s3cret") as served:
@@ -202,8 +207,8 @@ def test_an_attention_worker_asks_for_a_link_and_meets_its_peer(monkeypatch: pyt
             served.links.come.set()
             served.host.stop.set()
             await served.until(lambda: served.service.idle)
-            ((offer, link_id, tensor_host, timeout_s),) = met
-            assert (offer, tensor_host, timeout_s) == (LinkOffer(host="here", port=7), "there", 5)
+            ((offer, link_id),) = met
+            assert (offer, clients) == (LinkOffer(host="here", port=7), [("there", 5)])
             assert list(served.links.links) == [link_id]  # both have the same name for it
             assert len(link_id) >= 32
 
@@ -218,7 +223,40 @@ def test_a_peer_that_gives_no_link_is_lost() -> None:
                 (Peer(name="expert-0", worker_id="me", address=served.address), "wrong", "no valid token"),
                 (Peer(name="expert-0", worker_id="me", address="unix:/nowhere"), "s3cret", "expert-0 at unix:/nowhere"),
             ):
-                with pytest.raises(PeerLostError, match=text):
+                with pytest.raises(PeerLostError, match=text) as caught:
                     await asyncio.to_thread(opener(token), peer)
+                assert isinstance(caught.value, PeerRefusedError) == (token == "wrong")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "numerics", "is_refused"),
+    [
+        ("checkpoint", "xyz", "fast", True),
+        ("dtype", "bfloat16", "fast", True),
+        ("numerics", "fast", "invariant", True),
+        ("arithmetic", "host kernels 2", "invariant", True),
+        ("arithmetic", "host kernels 2", "fast", False),
+    ],
+)
+def test_who_would_compute_something_else_gets_no_link_and_hears_what_differs(
+    field: str, value: str, numerics: str, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LinkClient, "connect", lambda _, *values: "a link")
+    ours = msgspec.structs.replace(LIKENESS, numerics=numerics)
+    theirs = msgspec.structs.replace(ours, **{field: value})
+
+    async def run() -> None:
+        async with serving(likeness=ours) as served:
+            peer = Peer(name="expert-0", worker_id="me", address=served.address)
+            if not is_refused:
+                assert await asyncio.to_thread(opener(likeness=theirs), peer) == "a link"
+                return
+            with pytest.raises(PeerRefusedError) as caught:
+                await asyncio.to_thread(opener(likeness=theirs), peer)
+            assert "expert-0 at" in caught.value.message
+            assert f"attention-7 has {field} {value!r} instead of {getattr(ours, field)!r}" in caught.value.message
+            assert served.service.idle
 
     asyncio.run(run())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from cluster.errors import ConfigError
@@ -29,6 +30,7 @@ class FakeHost:
 
 class FakeRouted:
     lost_peers: tuple[str, ...] = ()
+    refusal: str | None = None
     routes: tuple[int, ...] = ()
     failure: Exception | None = None
     meanwhile: Any = None
@@ -84,7 +86,11 @@ def test_a_route_is_reported_when_it_is_in_effect() -> None:
     routed.failure, routed.lost_peers = None, ("gone",)
     subject.carry_out(route(5))
     report = subject.reported(REPORT)
-    assert (report.route_version, report.lost_peers) == (5, ("gone",))
+    assert (report.route_version, report.lost_peers, report.error) == (5, ("gone",), None)
+    routed.refusal = "expert-1 is unlike"
+    assert subject.reported(REPORT).error == "expert-1 is unlike"
+    failed = msgspec.structs.replace(REPORT, error="no such layer")
+    assert subject.reported(failed).error == "no such layer"
 
 
 def test_two_controllers_that_count_alike_are_told_apart() -> None:

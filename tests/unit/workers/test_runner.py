@@ -11,6 +11,7 @@ import pytest
 
 from cluster.errors import ForetokenError
 from cluster.protocol import EngineState, Finish, RequestOutput, StepOutput
+from workers.lease import Lease
 from workers.runner import IDLE_WAIT_S, EngineRunner
 
 DEADLINE_S = 30.0
@@ -63,7 +64,8 @@ class StuckEngine:
 def test_a_step_that_hangs_ends_the_process(caplog: pytest.LogCaptureFixture) -> None:
     died = threading.Event()
     engine = StuckEngine()
-    runner = EngineRunner(engine, lambda _: None, die=died.set, stuck_after_s=0.3)  # type: ignore[arg-type]
+    turns = Lease(0.3, "the engine's thread did not come round for {:g} s", died.set)
+    runner = EngineRunner(engine, lambda _: None, turns=turns)  # type: ignore[arg-type]
     started = time.monotonic()
     runner.start()
     assert died.wait(DEADLINE_S), "nobody noticed"
@@ -76,18 +78,14 @@ def test_a_step_that_hangs_ends_the_process(caplog: pytest.LogCaptureFixture) ->
 def test_a_long_step_that_gets_on_is_no_hang() -> None:
     engine = StuckEngine()
     died: list[float] = []
-    runner = EngineRunner(
-        engine,  # type: ignore[arg-type]
-        lambda _: None,
-        die=lambda: died.append(time.monotonic()),
-        stuck_after_s=0.5,
-    )
+    turns = Lease(0.5, "", lambda: died.append(time.monotonic()))
+    runner = EngineRunner(engine, lambda _: None, turns=turns)  # type: ignore[arg-type]
     runner.start()
     assert engine.steps.wait(DEADLINE_S)
     started = time.monotonic()
     while time.monotonic() - started < 1.5:
         assert not died
-        runner.pulse()
+        turns.renew()
         time.sleep(0.01)
     engine.gate.set()
     assert runner.stop(DEADLINE_S)
@@ -101,9 +99,8 @@ def test_who_waits_does_not_hang_and_who_has_ended_is_left_alone(has_work: bool)
     runner = EngineRunner(
         engine,  # type: ignore[arg-type]
         lambda _: None,
-        die=lambda: died.append(time.monotonic()),
         can_step=lambda: False,
-        stuck_after_s=2 * IDLE_WAIT_S,
+        turns=Lease(2 * IDLE_WAIT_S, "", lambda: died.append(time.monotonic())),
     )
     before = threading.active_count()
     runner.start()

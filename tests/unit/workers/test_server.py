@@ -15,7 +15,7 @@ import pytest
 from cluster.protocol import STREAM_METHOD, Abort, Beat, Grammar
 from tests.support.checkpoints import Recipe, make_model, save
 from tests.support.tokenizers_ import build
-from tests.support.worker_process import DEADLINE_S, WorkerProcess, connect, submit
+from tests.support.worker_process import DEADLINE_S, RunningWorker, connect, submit
 
 pytestmark = pytest.mark.needs("transformers")
 
@@ -35,19 +35,19 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def worker(checkpoint: Path) -> Iterator[WorkerProcess]:
+def worker(checkpoint: Path) -> Iterator[RunningWorker]:
     """For tests that leave it as it is."""
-    with tempfile.TemporaryDirectory() as name, WorkerProcess(checkpoint, Path(name)) as running:
+    with tempfile.TemporaryDirectory() as name, RunningWorker(checkpoint, Path(name)) as running:
         yield running
 
 
 @pytest.fixture
-def own_worker(checkpoint: Path, folder: Path) -> Iterator[WorkerProcess]:
-    with WorkerProcess(checkpoint, folder) as running:
+def own_worker(checkpoint: Path, folder: Path) -> Iterator[RunningWorker]:
+    with RunningWorker(checkpoint, folder) as running:
         yield running
 
 
-def test_a_request_streams_and_others_are_refused_alone(worker: WorkerProcess) -> None:
+def test_a_request_streams_and_others_are_refused_alone(worker: RunningWorker) -> None:
     async def run() -> None:
         async with connect(worker) as stream:
             before = (await stream.state()).generated_tokens
@@ -77,7 +77,7 @@ def test_a_request_streams_and_others_are_refused_alone(worker: WorkerProcess) -
     asyncio.run(run())
 
 
-def test_a_gateway_that_goes_away_frees_its_pages(worker: WorkerProcess) -> None:
+def test_a_gateway_that_goes_away_frees_its_pages(worker: RunningWorker) -> None:
     async def run() -> None:
         async with connect(worker) as watcher:
             async with connect(worker) as stream:
@@ -93,7 +93,7 @@ def test_a_gateway_that_goes_away_frees_its_pages(worker: WorkerProcess) -> None
     asyncio.run(run())
 
 
-def test_abort_ends_one_of_two(worker: WorkerProcess) -> None:
+def test_abort_ends_one_of_two(worker: RunningWorker) -> None:
     async def run() -> None:
         async with connect(worker) as stream:
             await stream.send(submit("x", 1900))
@@ -105,7 +105,7 @@ def test_abort_ends_one_of_two(worker: WorkerProcess) -> None:
     asyncio.run(run())
 
 
-def test_a_message_of_another_protocol_closes_its_stream_alone(worker: WorkerProcess) -> None:
+def test_a_message_of_another_protocol_closes_its_stream_alone(worker: RunningWorker) -> None:
     async def run() -> None:
         async with connect(worker) as good:
             async with grpc.aio.insecure_channel(worker.address) as channel:
@@ -119,7 +119,7 @@ def test_a_message_of_another_protocol_closes_its_stream_alone(worker: WorkerPro
     asyncio.run(run())
 
 
-def test_sigterm_lets_what_runs_finish_and_exits_with_zero(own_worker: WorkerProcess) -> None:
+def test_sigterm_lets_what_runs_finish_and_exits_with_zero(own_worker: RunningWorker) -> None:
     async def run() -> None:
         async with connect(own_worker) as stream:
             await stream.send(submit("x", 300))
@@ -134,7 +134,7 @@ def test_sigterm_lets_what_runs_finish_and_exits_with_zero(own_worker: WorkerPro
     assert own_worker.process.wait(DEADLINE_S) == 0
 
 
-def test_the_end_of_standard_input_ends_the_worker(own_worker: WorkerProcess) -> None:
+def test_the_end_of_standard_input_ends_the_worker(own_worker: RunningWorker) -> None:
     async def run() -> None:
         async with connect(own_worker):
             own_worker.close_stdin()
@@ -156,7 +156,7 @@ def test_what_cannot_be_is_one_clear_line(
     checkpoint: Path, folder: Path, options: dict[str, object], message: str
 ) -> None:
     path = Path(str(options.pop("model_path", checkpoint)))
-    worker = WorkerProcess(path, folder, **options)
+    worker = RunningWorker(path, folder, **options)
     assert worker.process.stderr is not None
     errors = worker.process.stderr.read()
     lines = [line for line in errors.decode().splitlines() if line.startswith("error: ")]
@@ -170,7 +170,7 @@ def test_what_cannot_be_is_one_clear_line(
 
 def test_a_silent_stream_says_that_its_worker_lives(checkpoint: Path, folder: Path) -> None:
     async def run() -> None:
-        with WorkerProcess(checkpoint, folder, heartbeat_s=0.05) as worker:
+        with RunningWorker(checkpoint, folder, heartbeat_s=0.05) as worker:
             async with connect(worker) as idle, connect(worker) as busy:
                 began = asyncio.get_running_loop().time()
                 await busy.send(submit("x", 400))
@@ -191,7 +191,7 @@ def test_a_silent_stream_says_that_its_worker_lives(checkpoint: Path, folder: Pa
     asyncio.run(run())
 
 
-def test_an_abort_while_the_grammar_compiles_is_the_requests_end(worker: WorkerProcess) -> None:
+def test_an_abort_while_the_grammar_compiles_is_the_requests_end(worker: RunningWorker) -> None:
     async def run() -> None:
         async with connect(worker) as stream:
             slow = Grammar(kind="json_schema", source='{"type": "integer", "multipleOf": 99999989}')
@@ -204,7 +204,7 @@ def test_an_abort_while_the_grammar_compiles_is_the_requests_end(worker: WorkerP
     asyncio.run(run())
 
 
-def test_nobody_aborts_anothers_request(worker: WorkerProcess) -> None:
+def test_nobody_aborts_anothers_request(worker: RunningWorker) -> None:
     async def run() -> None:
         async with connect(worker) as mine, connect(worker) as other:
             await mine.send(submit("x", 200))

@@ -12,15 +12,19 @@ from pathlib import Path
 import pytest
 
 from cluster.protocol import Assign, Peer, Route, WorkerReport
+from tests.support.checkpoints import random_tensors, write
+from tests.support.tokenizers_ import build
 from tests.support.worker_process import (
     DEADLINE_S,
-    Controller,
-    WorkerProcess,
+    TINY,
+    ControlStream,
+    RunningWorker,
     connect,
     control,
     submit,
     tiny_checkpoint,
 )
+from workers.models.fingerprint import fingerprint
 
 TOKEN = "a token that nobody guesses"
 NUM_EXPERTS = 8
@@ -41,7 +45,7 @@ REQUESTS = (submit("greedy", 40, temperature=0.0), submit("seeded", 40), submit(
 def expected(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
     """What one worker with every expert beside it answers."""
 
-    async def run(worker: WorkerProcess) -> dict[str, list[int]]:
+    async def run(worker: RunningWorker) -> dict[str, list[int]]:
         async with connect(worker) as stream:
             answers = {}
             for request in REQUESTS:
@@ -49,7 +53,7 @@ def expected(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
                 answers[request.request_id] = await stream.tokens(request.request_id)
             return answers
 
-    with WorkerProcess(checkpoint, tmp_path_factory.mktemp("all")) as worker:
+    with RunningWorker(checkpoint, tmp_path_factory.mktemp("all")) as worker:
         answers = asyncio.run(run(worker))
     assert all(len(set(tokens)) > 5 for tokens in answers.values())  # they say something
     return answers
@@ -57,10 +61,10 @@ def expected(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 @dataclass
 class Cluster:
-    attention: WorkerProcess
-    experts: Sequence[WorkerProcess]
-    attention_control: Controller
-    expert_controls: Sequence[Controller]
+    attention: RunningWorker
+    experts: Sequence[RunningWorker]
+    attention_control: ControlStream
+    expert_controls: Sequence[ControlStream]
     peers: Sequence[Peer]
 
     async def assign(self, number: int, version: int, experts: tuple[tuple[int, ...], ...]) -> None:
@@ -84,11 +88,13 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def cluster(checkpoint: Path, folder: Path) -> AsyncIterator[Cluster]:
-    def start(name: str, role: str) -> WorkerProcess:
+async def cluster(checkpoint: Path, folder: Path, other: Path | None = None) -> AsyncIterator[Cluster]:
+    """`other` is the checkpoint of the second expert worker."""
+
+    def start(name: str, role: str) -> RunningWorker:
         return stack.enter_context(
-            WorkerProcess(
-                checkpoint,
+            RunningWorker(
+                other if other is not None and name == "expert-1" else checkpoint,
                 folder,
                 name,
                 role=role,
@@ -184,5 +190,33 @@ def test_a_killed_expert_worker_is_a_pause_and_then_the_same_tokens(
             assert token_ids == expected["long"]
             state = await stream.state()
             assert (state.num_running, state.pages_free) == (0, state.pages_total)
+
+    asyncio.run(run())
+
+
+def test_an_expert_worker_of_another_checkpoint_computes_nothing_and_both_are_named(
+    checkpoint: Path, expected: dict[str, list[int]], tmp_path: Path
+) -> None:
+    """The same shapes and names, other weights: a finetune, or a revision."""
+    tensors = {name: -tensor for name, tensor in random_tensors(TINY).items()}
+    other = build("byte_level", write(tmp_path / "other", TINY, tensors))
+
+    async def run() -> None:
+        async with cluster(checkpoint, tmp_path, other) as here, connect(here.attention) as stream:
+            for number, half in enumerate(HALVES):
+                await here.assign(number, 1, half)
+            report = await here.route(1, HALVES)
+            assert report.lost_peers == (here.peers[1].worker_id,)
+            ours, theirs = fingerprint(checkpoint), fingerprint(other)
+            assert report.error is not None
+            assert "expert-1 at" in report.error
+            assert f"attention-0 has checkpoint {ours!r} instead of {theirs!r} here: give all workers" in report.error
+            await stream.send(REQUESTS[0])  # it waits
+            await here.assign(0, 2, ALL)
+            report = await here.route(2, [ALL])
+            assert (report.lost_peers, report.error) == ((), None)
+            assert await stream.tokens("greedy") == expected["greedy"]
+            unlike = await here.expert_controls[1].until(lambda report: report.assign_version == 1)
+            assert unlike.state.expert_calls == 0
 
     asyncio.run(run())

@@ -15,7 +15,7 @@ import grpc.aio
 import pytest
 
 from cluster.protocol import CONTROL_METHOD, LINK_METHOD, SERVICE, STATE_METHOD, STREAM_METHOD, Assign
-from tests.support.worker_process import DEADLINE_S, WorkerProcess, bearer, control, tiny_checkpoint
+from tests.support.worker_process import DEADLINE_S, RunningWorker, bearer, control, tiny_checkpoint
 
 TOKEN = "a token that nobody guesses"
 ALL = (tuple(range(8)),) * 2
@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
-def expert(checkpoint: Path, folder: Path, **options: object) -> WorkerProcess:
+def expert(checkpoint: Path, folder: Path, **options: object) -> RunningWorker:
     defaults: dict[str, object] = {
         "role": "expert",
         "address": "127.0.0.1:0",
@@ -34,11 +34,11 @@ def expert(checkpoint: Path, folder: Path, **options: object) -> WorkerProcess:
         "exit_with_parent": False,
         "node_id": "node-1",
     }
-    return WorkerProcess(checkpoint, folder, "expert-0", **(defaults | options))
+    return RunningWorker(checkpoint, folder, "expert-0", **(defaults | options))
 
 
 @pytest.fixture(scope="module")
-def guarded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+def guarded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningWorker]:
     """An expert worker with a token, for tests that leave it as it is."""
     with expert(checkpoint, tmp_path_factory.mktemp("guarded"), token=TOKEN) as worker:
         asyncio.run(worker.announced())
@@ -47,7 +47,7 @@ def guarded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.mark.parametrize("method", [STREAM_METHOD, STATE_METHOD, CONTROL_METHOD, LINK_METHOD, f"/{SERVICE}/Other"])
 @pytest.mark.parametrize("token", [None, "", "a guess", TOKEN + "x"])
-def test_without_the_token_nothing_is_answered(guarded: WorkerProcess, method: str, token: str | None) -> None:
+def test_without_the_token_nothing_is_answered(guarded: RunningWorker, method: str, token: str | None) -> None:
     async def run() -> None:
         async with grpc.aio.insecure_channel(guarded.address) as channel:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -59,7 +59,7 @@ def test_without_the_token_nothing_is_answered(guarded: WorkerProcess, method: s
     asyncio.run(run())
 
 
-def test_with_the_token_it_is_controlled(guarded: WorkerProcess) -> None:
+def test_with_the_token_it_is_controlled(guarded: RunningWorker) -> None:
     async def run() -> None:
         async with control(guarded.address, epoch=3, token=TOKEN) as leader:
             report = await leader.until(lambda report: report.epoch == 3)

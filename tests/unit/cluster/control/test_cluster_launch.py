@@ -74,7 +74,7 @@ def test_workers_of_a_machine_share_its_cores(
 
 
 def test_a_launch_has_the_workers_place_and_no_more_than_its_node_has() -> None:
-    settings = load({"lease_s": 2.0, "token": "secret", "orphan_timeout_s": 9})
+    settings = load({"lease_s": 2.0, "token": "secret", "orphan_timeout_s": 39})
     attention, _, expert = (
         cluster_launch(settings, Model("m", Path("/models/m")), worker, WORKERS, NODES, MACHINE)
         for worker in WORKERS.workers
@@ -83,5 +83,5 @@ def test_a_launch_has_the_workers_place_and_no_more_than_its_node_has() -> None:
     assert (attention.kv_cache_bytes, expert.kv_cache_bytes) == (100, None)
     assert (attention.device, attention.model_path, attention.served_name) == ("cpu", "/models/m", "m")
     assert expert.host_memory_bytes == int(800 / MEMORY_SHARE)
-    assert (expert.token, expert.heartbeat_s, expert.orphan_timeout_s) == ("secret", 0.2, 9)
+    assert (expert.token, expert.heartbeat_s, expert.orphan_timeout_s) == ("secret", 0.2, 39)
     assert not expert.exit_with_parent

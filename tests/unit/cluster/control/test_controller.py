@@ -5,9 +5,10 @@ import asyncio
 import msgspec
 import pytest
 
-from cluster.control.leadership import LOOKS, LostLeadError
+from cluster.control.leadership import LostLeadError
 from cluster.control.placement import PlacedWorker
 from cluster.protocol import Launch, Lead
+from cluster.silence import RENEWALS
 from cluster.store.base import Versioned
 from tests.support.controlled_workers import ControlledLauncher
 from tests.support.led_cluster import (
@@ -52,7 +53,7 @@ def test_workers_are_started_led_and_told_what_to_hold_and_where_experts_are() -
 
 def test_a_workers_launch_says_its_place_and_its_part_of_the_machine() -> None:
     async def body() -> None:
-        async with running(orphan_timeout_s=7, peer_timeout_s=3, reroute_timeout_s=5) as cluster:
+        async with running(orphan_timeout_s=27, peer_timeout_s=3, reroute_timeout_s=5) as cluster:
             await cluster.until(cluster.is_well)
             launches = {launch.name: launch for launch in cluster.launcher.launches}
             attention = launches["attention-0"]
@@ -62,7 +63,26 @@ def test_a_workers_launch_says_its_place_and_its_part_of_the_machine() -> None:
             assert all(launch.num_threads == 1 for launch in launches.values())  # 4 cores, 3 workers
             assert all(launch.token == TOKEN and not launch.exit_with_parent for launch in launches.values())
             times = (attention.orphan_timeout_s, attention.peer_timeout_s, attention.reroute_timeout_s)
-            assert times == (7, 3, 5)
+            assert times == (27, 3, 5)
+
+    run(body)
+
+
+def test_its_loop_shows_that_it_goes_round_however_long_a_lease_is() -> None:
+    async def body() -> None:
+        num_beats = 0
+
+        def beat() -> None:
+            nonlocal num_beats
+            num_beats += 1
+
+        launcher = ControlledLauncher(nodes(), token=TOKEN)
+        cluster = LedCluster(FaultyStore(), launcher, beat=beat, lease_s=600.0, orphan_timeout_s=9000.0)
+        await cluster.until(cluster.is_well)
+        before = num_beats
+        await cluster.until(lambda: num_beats > before + 4)
+        await cluster.kill()
+        await launcher.close()
 
     run(body)
 
@@ -151,7 +171,7 @@ def test_a_second_controller_waits_until_the_first_is_gone() -> None:
             await first.until(first.is_well)
             second = LedCluster(first.store, first.launcher)
             looks = first.store.num_looks
-            await first.until(lambda: first.store.num_looks > looks + LOOKS)  # longer than a lead lasts by itself
+            await first.until(lambda: first.store.num_looks > looks + RENEWALS)  # longer than a lead lasts by itself
             assert all(len(worker.leads) == 1 for worker in first.launcher.workers.values())
             await first.kill()
             await second.until(second.is_well)

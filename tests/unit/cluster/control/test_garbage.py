@@ -17,6 +17,7 @@ from cluster.store.memory import MemoryStore
 from cluster.store.records import WorkerRecord
 from tests.support.controlled_workers import ControlledLauncher
 from tests.support.led_cluster import TOKEN, FaultyStore, LedCluster, nodes, run, running, stored_records
+from tests.support.worker_records import RECORD
 
 GARBAGE = [b"", b"\xff\x00\xfe", b'{"epoch": "x"}', b"[[[", b"-7"]
 KEYS = ("controller/lead", "controller/epoch", "placement/current", "status/cluster", "workers/expert-0", "workers/x")
@@ -121,18 +122,6 @@ def test_pods_are_led_on_beside_it_and_it_is_told_of_once(caplog: pytest.LogCapt
     readers = 2  # the controller and its launcher
     assert len(told) <= 2 * readers
     assert {message.split()[2] for message in told} == {"workers/other", "workers/expert-1"}
-
-
-RECORD = WorkerRecord(
-    name="expert-0",
-    role="expert",
-    node_id="n0",
-    device_id="cpu",
-    address="a:1",
-    worker_id="w",
-    pid=7,
-    memory_bytes=100,
-)
 
 
 @each_value

@@ -8,18 +8,8 @@ import pytest
 from cluster.control.last_known import NAME, Known, open_last_known
 from cluster.errors import ConfigError
 from cluster.protocol import Lead
-from cluster.store.records import WorkerRecord
+from tests.support.worker_records import RECORD
 
-RECORD = WorkerRecord(
-    name="expert-0",
-    role="expert",
-    node_id="n0",
-    device_id="cpu",
-    address="a:1",
-    worker_id="w",
-    pid=7,
-    memory_bytes=100,
-)
 KNOWN = Known(Lead(epoch=3, controller_id="x"), {"expert-0": RECORD}, msgspec.Raw(b'{"nodes":[]}'))
 
 

@@ -150,6 +150,22 @@ def test_a_predecessor_that_has_ended_is_not_waited_for_and_its_words_are_said_u
     _run(body)
 
 
+def test_one_that_waits_to_lead_looks_often_however_long_a_lease_is() -> None:
+    async def body() -> None:
+        store = MemoryStore()
+        first, second = (Leadership(store, name, lease_s=600.0) for name in ("first", "second"))
+        assert await first.acquire()
+        num_looks = 0
+
+        def look() -> None:
+            nonlocal num_looks
+            num_looks += 1
+
+        assert not await second.acquire(lambda: num_looks == 3, look)
+
+    _run(body)
+
+
 def test_an_emptied_store_does_not_bring_back_the_epochs_that_a_predecessor_had() -> None:
     async def body() -> None:
         leader = Leadership(MemoryStore(), "second", lease_s=LEASE_S, before=Lead(epoch=7, controller_id="first"))

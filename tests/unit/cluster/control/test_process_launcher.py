@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cluster.config import load
-from cluster.control.launch import logs_folder
 from cluster.control.placement import PlacedWorker
 from cluster.control.process_launcher import ProcessLauncher
+from cluster.control.worker_folders import logs_folder
 from cluster.errors import WorkerLostError
 from cluster.protocol import Launch
 from tests.support.processes import wait_for_end

@@ -6,10 +6,14 @@ from typing import Any
 import pytest
 
 from cluster.control.ray_actor import for_workers
-from cluster.control.ray_launcher import Call, Connect, RayNode, to_node
+from cluster.control.ray_launcher import to_node
+from cluster.control.ray_messages import Call, Connect, RayNode
 from cluster.control.topology import MEMORY_SHARE
+from cluster.errors import ConfigError
 
 GIB = 2**30
+CONNECT = Connect(cluster_name="c", address=None, host=None, logs_dir="", start_timeout_s=1.0, command=())
+OURS, THEIRS = "00aa", "00bb"  # ids of two clusters called c
 
 
 def test_a_nodes_gpus_are_what_is_placed_on() -> None:
@@ -58,7 +62,9 @@ class _Actors:
         self.killed: list[str] = []
         self.now_s = 0.0
         self.exceptions = SimpleNamespace()
-        self.util = SimpleNamespace(list_named_actors=lambda **_: [{"name": n, "namespace": "ns"} for n in names])
+        there = [{"name": name, "namespace": CONNECT.namespace} for name in names]
+        others = [{"name": f"{THEIRS}:expert-9", "namespace": "foretoken-d"}]  # of a cluster of another name
+        self.util = SimpleNamespace(list_named_actors=lambda **_: there + others)
         monkeypatch.setattr(ray_bridge, "ray", self)
         monkeypatch.setattr(ray_bridge, "time", SimpleNamespace(monotonic=lambda: self.now_s, sleep=self._pass))
 
@@ -96,14 +102,40 @@ class _Actors:
 def test_however_many_actors_say_nothing_ending_all_keeps_one_deadline(
     monkeypatch: pytest.MonkeyPatch, num_silent: int
 ) -> None:
-    from cluster.control.ray_bridge import Bridge
+    from cluster.control.ray_bridge import Bridge, actor_name
 
-    names = [f"expert-{i}" for i in range(10)]
+    names = [actor_name(OURS, f"expert-{i}") for i in range(10)]
     silent = set(names[:num_silent])
     actors = _Actors(monkeypatch, names, silent)
-    connect = Connect(namespace="ns", address=None, host=None, logs_dir="", start_timeout_s=1.0, command=())
-    call = Call(id=1, method="end_all", timeout_s=30.0)
-    assert Bridge(connect).answer(call) == 10 - num_silent
+    call = Call(id=1, method="end_all", cluster_id=OURS, timeout_s=30.0)
+    assert Bridge(CONNECT).answer(call) == 10 - num_silent
     assert actors.now_s <= (call.timeout_s if num_silent else 1.0)
     assert {name for name, what, arguments in actors.calls if (what, arguments) == ("stop", (0, True))} == silent
     assert sorted(actors.killed) == sorted(names)
+
+
+@pytest.mark.needs("ray")
+def test_a_cluster_ends_its_own_actors_and_leaves_anothers_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster.control.ray_bridge import Bridge, actor_name
+
+    ours = actor_name(OURS, "expert-0")
+    names = [ours, actor_name(THEIRS, "expert-0"), "attention-0"]  # the last is nobody's that is known
+    actors = _Actors(monkeypatch, names, silent=set())
+    assert Bridge(CONNECT).answer(Call(id=1, method="end_all", cluster_id=OURS, timeout_s=30.0)) == 1
+    assert actors.killed == [ours]
+    assert {name for name, _, _ in actors.calls} == {ours}
+
+
+@pytest.mark.needs("ray")
+def test_another_cluster_of_the_same_name_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster.control.ray_bridge import Bridge, actor_name
+
+    names = [actor_name(OURS, "expert-0"), actor_name(OURS, "attention-0")]
+    _Actors(monkeypatch, names, silent=set())
+    assert Bridge(CONNECT).answer(Call(id=1, method="check_alone", cluster_id=OURS)) is None
+    with pytest.raises(
+        ConfigError, match=r"another cluster called c has workers .*\(attention-0, expert-0\)"
+    ) as caught:
+        Bridge(CONNECT).answer(Call(id=2, method="check_alone", cluster_id=THEIRS))
+    assert caught.value.param == "cluster_name"
+    assert "--cluster-name" in caught.value.message

@@ -17,17 +17,8 @@ from cluster.operate.worker import Registration
 from cluster.protocol import Announcement, Launch
 from cluster.store.memory import MemoryStore
 from cluster.store.records import ClusterStatus, WorkerRecord
+from tests.support.worker_records import RECORD
 
-RECORD = WorkerRecord(
-    name="expert-0",
-    role="expert",
-    node_id="n0",
-    device_id="cpu",
-    address="a:1",
-    worker_id="w",
-    pid=7,
-    memory_bytes=100,
-)
 STATUS = ClusterStatus(
     cluster="c", model="m", epoch=1, controller_id="x", at_s=1.0, num_layers=2, num_experts=4, problem=None
 )

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from cluster.control.launch import STABLE_S, backoff_s
+from cluster.control.failures import STABLE_S, backoff_s
 from cluster.control.restarts import RARE_S, Restarts
-from cluster.errors import CheckpointError, StartRefusedError, UnavailableError, WorkerLostError
+from cluster.errors import CheckpointError, StartImpossibleError, StartRefusedError, UnavailableError, WorkerLostError
 from cluster.store.records import StartFailure
 
 
@@ -46,6 +46,16 @@ def test_a_worker_that_refuses_may_use_other_words_each_time() -> None:
     assert restarts.failures() == (StartFailure(code="start_refused", message="2 GiB are free", worker="a"),)
     restarts.note_failure("a", 0.0, WorkerLostError("killed"))
     assert restarts.failures() == ()  # that may be another reason
+
+
+def test_what_another_try_does_not_change_is_tried_once_and_then_rarely() -> None:
+    restarts = Restarts()
+    restarts.note_failure("a", 0.0, StartImpossibleError("no such device"))
+    assert restarts.failures() == (StartFailure(code="start_impossible", message="no such device", worker="a"),)
+    assert restarts.problem() == "a does not start, and would not by being tried again: no such device"
+    assert restarts.resting(RARE_S - 1) == {"a"}
+    restarts.note_start("a")
+    assert (restarts.failures(), restarts.problem()) == ((), None)
 
 
 def test_failures_for_no_reason_of_its_own_are_never_hopeless() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 
 from cluster.control.status import cluster_status, conditions
@@ -10,7 +12,7 @@ from tests.support.simulated_cluster import NUM_EXPERTS, TERMS, SimulatedCluster
 
 def _status(cluster: SimulatedCluster) -> ClusterStatus:
     lead = Lead(epoch=3, controller_id="c")
-    return cluster_status("name", "model", lead, TERMS, cluster.observed(), cluster.plan, "a problem")
+    return cluster_status("name", "model", lead, cluster.terms, cluster.observed(), cluster.plan, "a problem")
 
 
 def _conditions(cluster: SimulatedCluster) -> dict[str, str]:
@@ -46,6 +48,40 @@ def test_a_node_that_is_gone_is_shown_while_its_workers_are() -> None:
     cluster.lost_nodes.add("b")
     status = _status(cluster)
     assert {n.node_id: n.is_alive for n in status.nodes} == {"a": True, "b": False}
+
+
+def test_expert_workers_that_find_no_room_are_left_out_with_the_reason() -> None:
+    demand = replace(TERMS.demand, num_expert_workers=NUM_EXPERTS + 2)
+    nodes = [node("a", 120), node("b", 120), node("c", NUM_EXPERTS * TERMS.demand.expert_bytes)]
+    cluster = SimulatedCluster(0, nodes, replace(TERMS, demand=demand))
+    cluster.step()
+    left_out = {found.worker: found.reason for found in _status(cluster).left_out}
+    assert left_out.keys() == {f"expert-{NUM_EXPERTS}", f"expert-{NUM_EXPERTS + 1}"}
+    assert all("no node has room for another one's first expert (10 bytes)" in reason for reason in left_out.values())
+
+
+def test_a_worker_that_has_lost_its_place_is_left_out_until_it_is_gone() -> None:
+    cluster = SimulatedCluster(0, [node("a"), node("b")])
+    cluster.run(10.0)
+    assert _status(cluster).left_out == ()
+    placement = cluster.plan.placement
+    assert placement is not None
+    others = tuple(worker for worker in placement.workers if worker.id != "expert-1")
+    cluster.plan = replace(cluster.plan, placement=replace(placement, workers=others))
+    (left_out, wanted) = _status(cluster).left_out
+    assert (left_out.worker, wanted.worker) == ("expert-1", "expert-2")
+    assert "it has no place any more" in left_out.reason
+
+
+def test_a_pod_without_room_for_one_expert_is_left_out() -> None:
+    cluster = SimulatedCluster(0, [node("a"), node("b")])
+    cluster.run(10.0)
+    small = cluster.processes["expert-1"]
+    small.record = msgspec.structs.replace(small.record, memory_bytes=9)
+    seen = replace(cluster.observed(), starts_workers=False)
+    status = cluster_status("name", "model", Lead(epoch=3, controller_id="c"), cluster.terms, seen, cluster.plan, None)
+    (left_out,) = status.left_out
+    assert (left_out.worker, "has room for 9 bytes of experts" in left_out.reason) == ("expert-1", True)
 
 
 def test_conditions_leave_out_what_changes_all_the_time() -> None:

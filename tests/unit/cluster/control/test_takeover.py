@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from cluster.control.leadership import LOOKS
 from cluster.control.reconcile import reconcile
 from cluster.errors import UnavailableError
+from cluster.silence import RENEWALS
 from cluster.store.records import WorkerRecord
 from tests.support.controlled_workers import ControlledLauncher
 from tests.support.led_cluster import LEASE_S, TOKEN, FaultyStore, LedCluster, nodes, run, running
@@ -53,7 +53,7 @@ def test_workers_are_adopted_at_once_and_one_that_nobody_can_ask_about_is_waited
         await second.until(second.is_well)
         assert sorted(launcher.asked) == sorted(before)
         renewals = store.num_renewals
-        await second.until(lambda: store.num_renewals > renewals + 2 * LOOKS)  # the lead outlasts what it waits for
+        await second.until(lambda: store.num_renewals > renewals + 2 * RENEWALS)  # the lead outlasts what it waits for
         launcher.speaks.set()
         await second.until(second.is_well)
         assert second.ids() == before

@@ -87,6 +87,42 @@ def test_a_dead_child_is_started_again_and_a_stopped_one_is_not(child: Callable[
     asyncio.run(scenario())
 
 
+def test_a_dead_child_is_started_again_once_what_it_needs_is_there(child: Callable[..., Child], tmp_path: Path) -> None:
+    leftover, needed = tmp_path / "leftover", tmp_path / "needed"
+    num_looks = 0
+
+    def may_start() -> bool:
+        nonlocal num_looks
+        num_looks += 1
+        return needed.exists()
+
+    one = child(SLEEP, before_start=leftover.unlink, may_start=may_start)
+
+    async def scenario() -> None:
+        leftover.touch()
+        one.start()
+        assert not leftover.exists()
+        leftover.touch()
+        keeper = asyncio.create_task(one.keep_up())
+        first = one.pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        await _until(lambda: num_looks > 2)
+        assert one.pid is None
+        assert leftover.exists()
+        needed.touch()
+        await _until(lambda: one.pid not in (None, first))
+        assert not leftover.exists()
+        needed.unlink()
+        os.kill(one.pid or 0, signal.SIGKILL)
+        num_looks_before = num_looks
+        await _until(lambda: num_looks > num_looks_before)
+        await one.stop()  # while it waits
+        await asyncio.wait_for(keeper, DEADLINE_S)
+
+    asyncio.run(scenario())
+
+
 def test_one_that_ends_tells_its_last_lines(child: Callable[..., Child]) -> None:
     one = child("print('first'); print('Error: no such thing'); raise SystemExit(3)")
     one.start()

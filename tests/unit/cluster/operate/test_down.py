@@ -31,7 +31,7 @@ from cluster.operate.state_file import ClusterFiles, SupervisorState
 files = ClusterFiles(load({"home": sys.argv[1], "cluster_name": "one"}))
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 with files.held():
-    files.write(SupervisorState(pid=os.getpid(), run_id="none", folder="/none", url="", store=""))
+    files.write(SupervisorState(pid=os.getpid(), run_id="none", folder="/none", url="", store="", drain_timeout_s=1.0))
     signal.sigwait({signal.SIGTERM})
     files.remove()
 """
@@ -55,7 +55,11 @@ def left_behind(settings: Settings, tmp_path: Path) -> Iterator[dict[str, subpro
     folder = tmp_path / "ft"
     folder.mkdir()
     with files.held():
-        files.write(SupervisorState(pid=2**22 + 1, run_id=run_id, folder=str(folder), url="", store="unix:///none"))
+        files.write(
+            SupervisorState(
+                pid=2**22 + 1, run_id=run_id, folder=str(folder), url="", store="unix:///none", drain_timeout_s=1.0
+            )
+        )
     (files.logs / "expert-0.pid").write_text(str(running["worker"].pid))
     (files.logs / "expert-1.pid").write_text(str(running["stranger"].pid))  # the id is another program's by now
     yield running
@@ -80,6 +84,20 @@ def test_a_living_supervisor_is_told_and_waited_for(settings: Settings, capsys: 
         assert supervisor.wait(DEADLINE_S) == 0
     assert capsys.readouterr().out == "one has ended\n"
     assert not files.is_held()
+
+
+def test_it_waits_as_long_as_the_cluster_may_drain_whatever_its_own_settings_say(
+    settings: Settings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(down, "MARGIN_S", 0.1)
+    files = ClusterFiles(settings)
+    ours = settings.model_copy(update={"drain_timeout_s": 3600.0})
+    with subprocess.Popen([sys.executable, "-S", "-c", SLEEP]) as told, files.held():
+        state = SupervisorState(pid=told.pid, run_id="r", folder="/none", url="", store="", drain_timeout_s=0.1)
+        files.write(state)
+        assert down.run(ours) == 1  # the lock is still held
+        assert told.wait(DEADLINE_S) == -signal.SIGTERM
+    assert "one has not ended yet" in capsys.readouterr().out
 
 
 def test_what_a_dead_supervisor_left_is_ended(

@@ -38,7 +38,12 @@ def redis() -> Iterator[RedisServer]:
 
 @pytest.mark.parametrize(
     ("given", "expected_s"),
-    [({}, 15.0), ({"lease_s": 10}, 50.0), ({"orphan_timeout_s": 8}, 5.0), ({"orphan_timeout_s": 600}, 150.0)],
+    [
+        ({}, 15.0),
+        ({"lease_s": 10, "orphan_timeout_s": 150}, 50.0),
+        ({"orphan_timeout_s": 20}, 5.0),
+        ({"orphan_timeout_s": 600}, 150.0),
+    ],
 )
 def test_it_is_noticed_long_before_workers_end_but_not_for_a_pause(given: dict[str, float], expected_s: float) -> None:
     assert hung_after_s(load(given)) == expected_s
@@ -50,7 +55,7 @@ def test_a_controller_that_hangs_is_killed_and_the_next_one_leads(redis: RedisSe
     environment["PYTHONPATH"] = str(PACKAGES)
     command = (sys.executable, "-P", "-m", "cluster.cli", "cluster", "controller", "--pods", "--folder", str(tmp_path))
     child = Child("controller", command, environment, tmp_path / "controller.log")
-    settings: Settings = load({"lease_s": 0.5, "orphan_timeout_s": 16})
+    settings: Settings = load({"lease_s": 0.5, "orphan_timeout_s": 20})
 
     async def run() -> None:
         store = open_store(redis.url)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from cluster.control.topology import local_topology
 from cluster.machine import this_machine
-from cluster.operate.ray_nodes import is_started, node_children, node_environment, node_names
+from cluster.operate.ray_nodes import ADDRESS_FILE, is_started, node_children, node_environment, node_names
 
 TOKEN = "0123456789abcdef"
 
@@ -48,6 +49,29 @@ def test_a_node_has_its_token_and_nothing_of_ours_or_of_another_ray() -> None:
     assert (environment["HOME"], environment["MARK"]) == ("/h", "m")
     assert environment["RAY_health_check_period_ms"] == "5"  # how Ray is tuned stays
     assert not {"FORETOKEN_TOKEN", "HF_TOKEN", "RAY_ADDRESS"} & set(environment)
+
+
+def test_a_node_is_started_again_once_its_head_listens_and_a_head_whatever_it_left(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        head, node = node_children(
+            2,
+            port=listener.getsockname()[1],
+            folder=tmp_path,
+            logs=tmp_path,
+            environment=_environment(),
+            machine=this_machine(),
+        )
+        assert (head.may_start(), node.may_start()) == (True, False)
+        listener.listen()
+        assert node.may_start()
+    (option,) = [option for option in head.command if option.startswith("--temp-dir=")]
+    left = Path(option.removeprefix("--temp-dir=")) / ADDRESS_FILE
+    left.parent.mkdir()
+    left.touch()
+    head.before_start()
+    assert not left.exists()
+    head.before_start()  # the first time there is none
 
 
 def test_a_node_that_was_not_started_is_not_there(tmp_path: Path) -> None:

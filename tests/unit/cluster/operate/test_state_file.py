@@ -20,7 +20,9 @@ from cluster.operate.state_file import ClusterFiles
 with ClusterFiles(load({"home": sys.argv[1], "cluster_name": "one"})).held():
     time.sleep(600)
 """
-STATE = SupervisorState(pid=7, run_id="r", folder="/f", url="http://u", store="unix://:pw@/s", children={"a": 1})
+STATE = SupervisorState(
+    pid=7, run_id="r", folder="/f", url="http://u", store="unix://:pw@/s", drain_timeout_s=2.0, children={"a": 1}
+)
 
 
 @pytest.fixture

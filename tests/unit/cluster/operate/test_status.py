@@ -17,7 +17,7 @@ from cluster.operate.show import node_rows, print_status, work_per_s, worker_row
 from cluster.operate.status import as_text
 from cluster.protocol import EngineState
 from cluster.store import open_store
-from cluster.store.records import STALE_S, STATUS_KEY, ClusterStatus, NodeStatus, WorkerStatus
+from cluster.store.records import STALE_S, STATUS_KEY, ClusterStatus, LeftOut, NodeStatus, WorkerStatus
 from cluster.store.redis import RedisStore
 from tests.support.redis_server import RedisServer
 
@@ -155,6 +155,13 @@ def test_a_status_of_another_release_is_an_answer(
         "one: the store's status/cluster cannot be read, run all of the cluster from one release"
         in capsys.readouterr().out
     )
+
+
+def test_who_was_left_out_is_shown_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    status = msgspec.structs.replace(_status(10.0, 0), left_out=(LeftOut(worker="expert-1", reason="no room"),))
+    print_status(status, {}, None, age_s=0.0)
+    assert "left out: expert-1: no room" in capsys.readouterr().out
+    assert json.loads(as_text(status, {}, None))["left_out"] == [{"worker": "expert-1", "reason": "no room"}]
 
 
 def test_an_old_status_is_shown_with_its_age(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,10 @@ def test_children_get_the_same_settings_by_environment(tmp_path: Path, monkeypat
             "token": "s",
             "lease_s": 0.5,
             "store": "redis://h:1/0",
+            "api_key": "a:first-key-of-two-1\nsecond-key-of-two",
+            "api_key_file": tmp_path / "keys",
+            "admin_api_key": "another-key-for-admins",
+            "share_prefix_cache": True,
         }
     )
     for name, value in up.settings_environment(settings).items():

@@ -1,4 +1,4 @@
-"""A stand-in for `python -m workers.server` at the launcher's seam: argv[1] says how it behaves.
+"""A worker process for tests of starting one as a child: argv[1] says how it fails, and it speaks to nobody.
 
 It needs the standard library only, so that it starts in milliseconds. With a folder as argv[2] it leaves there, in
 files named by its process id, the launch line and the environment that it got.
