@@ -47,6 +47,7 @@ def _traces() -> str:
 
 
 MISSING: dict[str, Callable[[], str]] = {  # tool -> why it cannot be used here; "": it can
+    "anthropic": _package("anthropic"),
     "chromium": _program("chromium", "chromium-browser", "google-chrome"),
     "compiler": _program("c++", "g++", "clang++"),
     "cuda": _cuda,

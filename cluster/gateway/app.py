@@ -11,11 +11,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.exceptions import HTTPException
 
 from cluster.errors import ForetokenError
+from cluster.gateway import admin, stored_responses
 from cluster.gateway.capabilities import capabilities
 from cluster.gateway.dashboard import page_routes
-from cluster.gateway.middleware import RequestContext
+from cluster.gateway.dialects.messages import TokenCounts
+from cluster.gateway.login import login_routes
+from cluster.gateway.middleware import Gate, RequestContext
 from cluster.gateway.pool import WorkerPool
-from cluster.gateway.replies import JSONBytes, error_response, openai_error
+from cluster.gateway.replies import JSONBytes, anthropic_error, error_response, is_anthropics, openai_error
 from cluster.gateway.service import Gateway, model_not_found
 from cluster.gateway.settings import GatewaySettings
 from cluster.gateway.status import STATE_TIMEOUT_S, PoolStatus, StatusSource, cluster_body
@@ -44,9 +47,13 @@ def create_app(settings: GatewaySettings, pool: WorkerPool, status: StatusSource
     app.state.gateway = gateway
     app.include_router(router)
     app.include_router(page_routes())
+    app.include_router(admin.router)
+    app.include_router(stored_responses.router)
+    app.include_router(login_routes(settings.keys))
     app.add_exception_handler(ForetokenError, _refuse)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(RequestContext, metrics=gateway.metrics)
+    app.add_middleware(Gate, keys=settings.keys, metrics=gateway.metrics)
+    app.add_middleware(RequestContext, metrics=gateway.metrics)  # the last one added is around the others
     return app
 
 
@@ -58,7 +65,7 @@ def _gateway(request: Request) -> Gateway:
 async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, ForetokenError)
     _gateway(request).metrics.failed(error.code)
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -67,6 +74,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     message = f"{error.detail}: {request.method:.20} {request.url.path:.200}"
     body = openai_error(message, kind="invalid_request_error", code=code)
+    if is_anthropics(request.scope):
+        body = anthropic_error(message, error.status_code, request.state.request_id)
     return JSONBytes(body, status=error.status_code, headers=error.headers)
 
 
@@ -78,6 +87,21 @@ async def completions(request: Request) -> Response:
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
     return await _gateway(request).reply(request, _gateway(request).chat_completions)
+
+
+@router.post("/v1/responses")
+async def responses(request: Request) -> Response:
+    return await _gateway(request).reply(request, _gateway(request).responses(request))
+
+
+@router.post("/v1/messages")
+async def messages(request: Request) -> Response:
+    return await _gateway(request).reply(request, _gateway(request).messages)
+
+
+@router.post("/v1/messages/count_tokens")
+async def count_tokens(request: Request) -> Response:
+    return JSONBytes({"input_tokens": await _gateway(request).count_tokens(request, TokenCounts())})
 
 
 @router.get("/v1/models")

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, get_args
 
+from cluster.gateway.anthropic import CountTokensRequest, MessagesRequest
 from cluster.gateway.fields import RequestModel
 from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest
+from cluster.gateway.responses import ResponsesRequest
 
 ENDPOINTS: dict[str, type[RequestModel]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
 }
 
 

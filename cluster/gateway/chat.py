@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -89,14 +90,26 @@ class ChatTemplate:
     special_tokens: dict[str, str]
     timeout_s: float = 5.0
     max_chars: int = 8 * 2**20
+    tools_source: str | None = None  # a template of its own for chats with tools
     _template: jinja2.Template = field(init=False, repr=False, compare=False)
+    _tools_template: jinja2.Template = field(init=False, repr=False, compare=False)
+    _variables: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        environment = _environment()
+        sources = [self.source] if self.tools_source is None else [self.source, self.tools_source]
         try:
-            template = _environment().from_string(self.source)
+            templates = [environment.from_string(source) for source in sources]
+            variables = [jinja2.meta.find_undeclared_variables(environment.parse(source)) for source in sources]
         except (jinja2.TemplateError, RecursionError) as error:
             raise CheckpointError(f"the chat template cannot be compiled: {error}") from error
-        object.__setattr__(self, "_template", template)
+        object.__setattr__(self, "_template", templates[0])
+        object.__setattr__(self, "_tools_template", templates[-1])
+        object.__setattr__(self, "_variables", frozenset().union(*variables))
+
+    def knows(self, variable: str) -> bool:
+        """Whether a variable can have any effect."""
+        return variable in self._variables
 
     def render(
         self,
@@ -105,8 +118,9 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: dict[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> str:
-        """The prompt's text. `variables` are the caller's `chat_template_kwargs`.
+        """The prompt's text. `variables` are the caller's `chat_template_kwargs`, `tools` as transformers has them.
 
         Raises `InvalidValueError` where the template refuses the messages, or is too slow or too long with them.
         """
@@ -116,26 +130,28 @@ class ChatTemplate:
             raise InvalidValueError(f"chat_template_kwargs may not set {reserved[0]}", param="chat_template_kwargs")
         if continue_final_message:
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + _CONTINUE_TAG}]
-        if "developer" not in self.source:  # templates older than the role know it as the system's
+        source = self.source if tools is None or self.tools_source is None else self.tools_source
+        if "developer" not in source:  # templates older than the role know it as the system's
             messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         text = self._run(
+            self._template if tools is None else self._tools_template,
             {
                 **self.special_tokens,
                 **variables,
                 "messages": messages,
-                "tools": None,
+                "tools": tools,
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt,
                 "_deadline": time.monotonic() + self.timeout_s,
-            }
+            },
         )
         return _cut_at_tag(text) if continue_final_message else text
 
-    def _run(self, context: dict[str, Any]) -> str:
+    def _run(self, template: jinja2.Template, context: dict[str, Any]) -> str:
         pieces: list[str] = []
         num_chars = 0
         try:
-            for piece in self._template.generate(context):
+            for piece in template.generate(context):
                 pieces.append(piece)
                 num_chars += len(piece)
                 if num_chars > self.max_chars or time.monotonic() > context["_deadline"]:
@@ -170,22 +186,30 @@ def _cut_at_tag(text: str) -> str:
 def load_template(model_path: Path, *, timeout_s: float, max_chars: int) -> ChatTemplate | RequestError:
     """The checkpoint's default template, or the reason why there is none, for whoever asks for a chat.
 
-    Read from `chat_template.jinja`, else from `chat_template` (a string, or a list of named ones) in
-    `tokenizer_config.json`. Raises `CheckpointError` where that file is no JSON object.
+    Read from `chat_template.jinja`, else from `chat_template` in `tokenizer_config.json`: a string, or a list of named
+    ones, where "tool_use" is for chats with tools, as in transformers. Raises `CheckpointError` where that file is no
+    JSON object.
     """
     config = _read_object(model_path / "tokenizer_config.json")
     special = _special_tokens({**_read_object(model_path / "special_tokens_map.json"), **config})
-    source = config.get("chat_template")
+    source, tools_source = config.get("chat_template"), None
     jinja_file = model_path / "chat_template.jinja"
     if jinja_file.is_file():
         source = jinja_file.read_text(encoding="utf-8")
     if isinstance(source, list):
         named = {item["name"]: item["template"] for item in source if isinstance(item, dict) and "name" in item}
         source = named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
+        tools_source = named.get("tool_use")
     if not isinstance(source, str):
         return RequestError("this model's tokenizer has no chat template, so it takes no chats; use /v1/completions")
     try:
-        return ChatTemplate(source, special, timeout_s=timeout_s, max_chars=max_chars)
+        return ChatTemplate(
+            source,
+            special,
+            timeout_s=timeout_s,
+            max_chars=max_chars,
+            tools_source=tools_source if isinstance(tools_source, str) else None,
+        )
     except CheckpointError as error:
         return RequestError(f"{error.message}; use /v1/completions")
 

@@ -99,7 +99,8 @@ class WorkerClient:
         self._channel: grpc.aio.Channel | None = None
         self._task: asyncio.Task[None] | None = None
         self.num_connections = 0
-        self.last_failure = "no connection was tried yet"
+        self.last_failure = "no connection was tried yet"  # in words for everybody, without addresses
+        self._last_text = ""
 
     def start(self) -> None:
         """Connect, and go on connecting, in the background."""
@@ -161,11 +162,13 @@ class WorkerClient:
             if not isinstance(error, _EXPECTED):
                 logger.error("the connection to the worker at %s failed", self.address, exc_info=error)
             logger.warning("lost worker %s at %s: %s", self._hello.worker_id, self.address, text)
-        elif text != self.last_failure:
+        elif text != self._last_text:
             # Before the first connection that is what a start looks like.
             level = logging.WARNING if is_refused else logging.INFO if self.num_connections else logging.DEBUG
             logger.log(level, "no worker at %s yet: %s", self.address, text)
-        self.last_failure = text
+        self._last_text = text
+        is_unreachable = isinstance(error, grpc.aio.AioRpcError) and error.code() == grpc.StatusCode.UNAVAILABLE
+        self.last_failure = "it cannot be reached" if is_unreachable else text  # grpc's own words have its address
 
     async def _connection(self) -> None:
         """Serve one connection until it breaks. Raises `_ConnectionLostError` or grpc's errors."""

@@ -2,6 +2,9 @@
 
 - What is no HTTP, a head over `MAX_HEAD_BYTES`, one that takes longer than `HEAD_TIMEOUT_S` or ends within itself: an
   error in OpenAI's shape, then the connection is closed.
+- Over so many connections: only the open paths are answered on those that are too many (`state.is_surplus`), for the
+  probes of whoever watches this server; far over it a connection is refused unread.
+- What is left of a body when its answer is there is thrown away, for `REST_S`.
 - The client closes its side (a FIN) while its request is open: the application's `receive` says `http.disconnect`, yet
   what it then sends still goes out, and ends the connection. A client that is gone for good sends the same FIN as one
   that only shut down its writing side, so the application must give up and say so: the one never sees it, the other
@@ -14,6 +17,7 @@ import asyncio
 import logging
 import sys
 import uuid
+from functools import partial
 from typing import Any
 
 import h11
@@ -26,19 +30,24 @@ from cluster.gateway.replies import openai_error
 
 logger = logging.getLogger(__name__)
 
+MAX_CONNECTIONS = 4096
 HEAD_TIMEOUT_S = 30.0  # from a connection's begin, or a later head's first byte, to the head's end
 MAX_HEAD_BYTES = 64 * 1024  # of a head that has not ended yet
 MAX_AHEAD_BYTES = 64 * 1024  # of requests sent ahead; a client that sends more is not read, so its leaving not seen
+REST_S = 5.0
+MAX_SURPLUS = 64  # connections over the bound that are still asked what they want
 LINGER_S = 2.0  # a refused client may take so long to read why; closing on what it still sends would destroy that
 
 _DISCONNECT: Message = {"type": "http.disconnect"}
 
 
-def server_config(app: ASGIApp, *, stop_timeout_s: int, backlog: int = 128) -> uvicorn.Config:
+def server_config(
+    app: ASGIApp, *, stop_timeout_s: int, backlog: int = 128, max_connections: int = MAX_CONNECTIONS
+) -> uvicorn.Config:
     """What uvicorn is told to serve `app` on `Connection`s; one still open `stop_timeout_s` after the end is cut."""
     return uvicorn.Config(
         app,
-        http=Connection,
+        http=partial(Connection, max_connections=max_connections),  # type: ignore[arg-type]  # it is only called
         ws="none",
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         log_config=None,
@@ -53,8 +62,11 @@ def server_config(app: ASGIApp, *, stop_timeout_s: int, backlog: int = 128) -> u
 class Connection(H11Protocol):
     """One connection of a client, with its requests one after the other."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, max_connections: int = MAX_CONNECTIONS, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._max_connections = max_connections
+        self._is_surplus = False
+        self._rest_timer: asyncio.TimerHandle | None = None
         self._application: ASGIApp = self.app  # type: ignore[assignment]  # uvicorn has its own names for the types
         self.app = self._run  # type: ignore[assignment]
         self._half_closed = False
@@ -78,7 +90,11 @@ class Connection(H11Protocol):
                 has_all = has_all or not message["more_body"]
             return message
 
+        if self._is_surplus:
+            scope.setdefault("state", {})["is_surplus"] = True
         await self._application(scope, receive_to_end, send)
+        if cycle.response_complete and self.conn.their_state is h11.SEND_BODY:
+            self._rest_timer = self.loop.call_later(REST_S, self.transport.abort)
         if cycle.response_started and not cycle.response_complete and not cycle.disconnected:
             cycle.disconnected = True
             self.transport.abort()  # to close would wait until all is sent, for a client that takes nothing forever
@@ -87,16 +103,25 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._is_surplus = len(self.connections) > self._max_connections
+        if len(self.connections) > self._max_connections + MAX_SURPLUS:
+            self._refuse(
+                429, "as many connections are open as there may be", code="overloaded", kind="rate_limit_error"
+            )
+            return
         self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_timed_out)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_rest_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
         super().data_received(data)
+        if self.conn.their_state is not h11.SEND_BODY:
+            self._stop_rest_timer()
         self._watch_head()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # uvicorn's never keeps the transport open
@@ -161,7 +186,9 @@ class Connection(H11Protocol):
         else:
             self.transport.close()
 
-    def _refuse(self, status: int, message: str) -> None:
+    def _refuse(
+        self, status: int, message: str, *, code: str = "invalid_request", kind: str = "invalid_request_error"
+    ) -> None:
         """Answer what never became a whole request, and close; nothing more is read into it."""
         self._stop_timer()
         self._unset_keepalive_if_required()
@@ -173,7 +200,7 @@ class Connection(H11Protocol):
             self.cycle.message_event.set()
         logger.info("refused what is no request: %d, request %s", status, request_id)
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self._write_error(status, message, request_id)
+            self._write_error(status, openai_error(message, kind=kind, code=code), request_id)
         if not self.transport.can_write_eof():
             self.transport.close()
             return
@@ -181,17 +208,24 @@ class Connection(H11Protocol):
         self.flow.resume_reading()
         self._timer = self.loop.call_later(LINGER_S, self.transport.abort)
 
-    def _write_error(self, status: int, message: str, request_id: str) -> None:
-        body = orjson.dumps(openai_error(message, kind="invalid_request_error", code="invalid_request"))
+    def _write_error(self, status: int, error: dict[str, Any], request_id: str) -> None:
+        body = orjson.dumps(error)
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
             (b"x-request-id", request_id.encode()),
             (b"connection", b"close"),
         ]
+        if status == 429:
+            headers.append((b"retry-after", b"1"))
         response = h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status])
         for event in (response, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
+
+    def _stop_rest_timer(self) -> None:
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
+            self._rest_timer = None
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

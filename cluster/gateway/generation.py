@@ -89,9 +89,11 @@ class Generation:
         self._observer = observer
         self._max_buffered = max_buffered
         self._buffer: list[tuple[int, RequestOutput]] = []
+        self.num_tokens = 0  # generated so far, over all choices
         self._error: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self.grammar_field = "response_format"  # of the request: what a grammar that only a worker can judge came from
 
     def __enter__(self) -> Generation:
         return self
@@ -125,9 +127,10 @@ class Generation:
         if finish is not None:
             del self._open[sample]
             if finish.reason in ("error", "abort"):
-                self._end(_error_of(finish), reason="error")
+                self._end(_error_of(finish, self.grammar_field), reason="error")
                 return
         if new.token_ids:
+            self.num_tokens += len(new.token_ids)
             self._observer.tokens(sample.choice, len(new.token_ids))
         self._buffer.append((sample.choice, new))
         if finish is not None:
@@ -187,9 +190,9 @@ class Generation:
         return outputs
 
 
-def _error_of(finish: Finish) -> ForetokenError:
+def _error_of(finish: Finish, grammar_field: str) -> ForetokenError:
     if finish.reason == "abort":
         return UnavailableError("the worker aborted the request; send it again")
     kind = by_code(finish.error_code or "")
-    param = "response_format" if kind is GrammarError else None  # the one field that only a worker can judge
+    param = grammar_field if kind is GrammarError else None
     return kind(finish.error_message or "the worker gave no reason", param=param)

@@ -7,10 +7,14 @@ on one worker as on two, so the same model and class are enough there.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from cluster.protocol import Hello
+
+logger = logging.getLogger(__name__)
 
 MODEL = ("checkpoint", "dtype")
 NUMERICS = ("numerics",)
@@ -42,6 +46,7 @@ def _difference(fields: Iterable[str], ours: Hello, theirs: Hello) -> str | None
     return ", ".join(found) or None
 
 
+@dataclass(frozen=True)
 class PoolModel:
     """The model of a pool: what most of its workers serve.
 
@@ -50,36 +55,51 @@ class PoolModel:
     keeps its place for `reign_s` without any.
     """
 
-    def __init__(self, reign_s: float) -> None:
-        self.reign_s = reign_s
-        self._hello: Hello | None = None  # of some worker that has it
-        self._seen_s = 0.0  # when one was last there
+    reign_s: float
+    hello: Hello | None = None  # of some worker that has it
+    seen_s: float = 0.0  # when one was last there
 
     def difference(self, hello: Hello) -> str | None:
         """How a worker's model differs from the pool's, in words; None: not at all."""
-        return None if self._hello is None else model_difference(self._hello, hello)
+        return None if self.hello is None else model_difference(self.hello, hello)
 
-    def count(self, hellos: Iterable[Hello], num_missing: int, now: float) -> bool:
-        """Take in who is there at `now`, in seconds of any clock, and how many are not.
+    def differences(self, hellos: Mapping[str, Hello]) -> dict[str, str]:
+        """`difference` of those whose model differs, by name."""
+        found = {name: self.difference(hello) for name, hello in hellos.items()}
+        return {name: text for name, text in found.items() if text is not None}
 
-        Returns whether the model is another one from now on.
-        """
-        votes: Counter[tuple[str, ...]] = Counter()
+    def counted(self, hellos: Iterable[Hello], num_missing: int, now: float) -> PoolModel:
+        """What it is from `now` on, in seconds of any clock, by who is there and how many are not."""
+        votes: Counter[tuple[str, ...] | None] = Counter()
         voters: dict[tuple[str, ...], Hello] = {}
         for hello in hellos:
             key = _key(hello)
             votes[key] += 1
             voters[key] = hello
-        mine = None if self._hello is None else _key(self._hello)
-        if mine is not None and votes[mine]:
-            self._seen_s = now
-        elif mine is not None and num_missing and now - self._seen_s < self.reign_s:
-            return False
+        mine = None if self.hello is None else _key(self.hello)
+        if mine is not None and not votes[mine] and num_missing and now - self.seen_s < self.reign_s:
+            return self
         best = max(voters, key=lambda key: (votes[key], key == mine), default=None)
-        if best is None or best == mine:
-            return False
-        self._hello, self._seen_s = voters[best], now
-        return mine is not None
+        if best is not None and best != mine:
+            return replace(self, hello=voters[best], seen_s=now)
+        return replace(self, seen_s=now) if votes[mine] else self
+
+
+class ModelsTold:
+    """What the log has of the models in a pool: each once."""
+
+    def __init__(self) -> None:
+        self._workers: set[str] = set()  # of another model than the pool's, by id
+
+    def tell(self, before: PoolModel, now: PoolModel, hellos: Mapping[str, Hello]) -> None:
+        differences = now.differences(hellos)
+        self._workers -= {hello.worker_id for name, hello in hellos.items() if name not in differences}
+        for name, text in differences.items():
+            if (worker_id := hellos[name].worker_id) not in self._workers:
+                self._workers.add(worker_id)
+                logger.warning("worker %s has another model than this pool and gets no new requests: %s", name, text)
+        if now.hello is not None and before.difference(now.hello) is not None:
+            logger.warning("this pool has another model from now on: most of its workers do")
 
 
 def _key(hello: Hello) -> tuple[str, ...]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
-from cluster.errors import DrainingError, OverloadedError, RequestError, RequestTooLargeError
+from cluster.errors import DrainingError, ForetokenError, OverloadedError, RequestError, RequestTooLargeError
+from cluster.gateway.generation import Generation
 
 MAX_JSON_DEPTH = 128
 MAX_HELD_BYTES = 256 * 2**20  # of the bodies of all open requests; what is made of a body is as large, and stays
@@ -76,50 +80,114 @@ def _is_deeper(value: dict[str, Any], limit: int) -> bool:
     return True
 
 
-class Admission:
-    """How many requests are open, how large their bodies are together, and whether more are let in."""
+@dataclass(slots=True, eq=False)
+class Place:
+    """The place of one open request among those that there may be, and what an operator sees of it."""
 
-    def __init__(self, max_open: int) -> None:
+    admission: Admission
+    request_id: str
+    tenant: str
+    began: float = field(default_factory=time.monotonic)
+    held_bytes: int = 0  # of its body
+    num_prompt_tokens: int = 0
+    generation: Generation | None = None  # once it was given to a worker, or waits for one
+    _task: asyncio.Task[Any] | None = None
+    _error: ForetokenError | None = None
+
+    @property
+    def state(self) -> str:
+        if self.generation is not None:
+            return "running" if self.generation.num_tokens else "waiting"
+        return "reading" if self._task is None else "preparing"
+
+    def hold(self, num_bytes: int) -> None:
+        """Count so much more of the body, until the place is given back. Raises `OverloadedError` over the bound."""
+        self.admission.hold(self, num_bytes)
+
+    def begin(self) -> None:
+        """The task that works on it is the current one. Raises what it was aborted with meanwhile."""
+        self._task = asyncio.current_task()
+        self.check()
+
+    def check(self) -> None:
+        """Raise what it was aborted with, if it was."""
+        if self._error is not None:
+            raise self._error
+
+    def run(self, generation: Generation, num_prompt_tokens: int) -> None:
+        self.generation, self.num_prompt_tokens = generation, num_prompt_tokens
+
+    def abort(self, error: ForetokenError) -> None:
+        """End the request with `error`, however far it is; before its body is there, as soon as that is."""
+        self._error = error
+        if self.generation is not None:
+            self.generation.fail(error, reason="admin")
+        elif self._task is not None:
+            self._task.cancel()  # who waits for it asks `check`
+
+
+class Admission:
+    """Which requests are open, how large their bodies are together, and whether more are let in."""
+
+    def __init__(self, max_open: int, max_per_tenant: int = 0) -> None:
+        """`max_per_tenant` 0: a tenant may have all of them."""
         self._max_open = max_open
+        self._max_per_tenant = max_per_tenant
+        self._places: dict[Place, None] = {}  # in the order of their beginning
+        self._num_of_tenant: Counter[str] = Counter()
         self._idle = asyncio.Event()
         self._idle.set()
-        self.num_open = 0
         self.held_bytes = 0
         self.draining = False
 
-    @contextmanager
-    def slot(self) -> Iterator[Callable[[int], None]]:
-        """One request's place. Raises `DrainingError`, or `OverloadedError` when all are taken.
+    @property
+    def num_open(self) -> int:
+        return len(self._places)
 
-        What it yields is called with the bytes of the body as they come, which count until the place is given back;
-        it raises `OverloadedError` when the open requests would hold more than `MAX_HELD_BYTES`.
+    @property
+    def places(self) -> list[Place]:
+        """Those of the open requests, the oldest first."""
+        return list(self._places)
+
+    @contextmanager
+    def slot(self, request_id: str = "", tenant: str = "") -> Iterator[Place]:
+        """One request's place. Raises `DrainingError`, or `OverloadedError` when all, or its tenant's, are taken.
+
+        `tenant` "": nobody in particular, whom only the bound of all concerns.
         """
         if self.draining:
             raise DrainingError("the server is shutting down; send the request to another", retry_after_s=1.0)
         if self.num_open >= self._max_open:
             raise OverloadedError(f"{self.num_open} requests are open, as many as there may be", retry_after_s=1.0)
-        self.num_open += 1
+        if tenant and 0 < self._max_per_tenant <= self._num_of_tenant[tenant]:
+            raise OverloadedError(
+                f"{self._num_of_tenant[tenant]} requests of yours are open, as many as there may be", retry_after_s=1.0
+            )
+        place = Place(self, request_id, tenant)
+        self._places[place] = None
+        self._num_of_tenant[tenant] += 1
         self._idle.clear()
-        own_bytes = 0
-
-        def hold(num_bytes: int) -> None:
-            nonlocal own_bytes
-            if self.held_bytes + num_bytes > MAX_HELD_BYTES:
-                raise OverloadedError(
-                    f"the bodies of the {self.num_open} open requests are {self.held_bytes} bytes; with this one they "
-                    f"would be over {MAX_HELD_BYTES}: try again later",
-                    retry_after_s=1.0,
-                )
-            own_bytes += num_bytes
-            self.held_bytes += num_bytes
-
         try:
-            yield hold
+            yield place
         finally:
-            self.held_bytes -= own_bytes
-            self.num_open -= 1
-            if self.num_open == 0:
+            self.held_bytes -= place.held_bytes
+            del self._places[place]
+            self._num_of_tenant[tenant] -= 1
+            if not self._num_of_tenant[tenant]:
+                del self._num_of_tenant[tenant]
+            if not self._places:
                 self._idle.set()
+
+    def hold(self, place: Place, num_bytes: int) -> None:
+        """Raises `OverloadedError` when the open requests would hold more than `MAX_HELD_BYTES`."""
+        if self.held_bytes + num_bytes > MAX_HELD_BYTES:
+            raise OverloadedError(
+                f"the bodies of the {self.num_open} open requests are {self.held_bytes} bytes; with this one they "
+                f"would be over {MAX_HELD_BYTES}: try again later",
+                retry_after_s=1.0,
+            )
+        place.held_bytes += num_bytes
+        self.held_bytes += num_bytes
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Whether all open requests ended within `timeout_s`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, PlainValidator, StringConstraints, WithJsonSchema, model_validator
@@ -22,6 +23,26 @@ from cluster.gateway.fields import (
     unsupported,
     without_effect,
 )
+from cluster.gateway.openai_formats import (
+    Choices,
+    Pattern,
+    ResponseFormat,
+    Schema,
+    StructuralTag,
+    StructuredOutputs,
+    choice_grammar,
+    schema_grammar,
+)
+from cluster.gateway.openai_tools import (
+    TOOL_CHOICE_SCHEMA,
+    MadeCalls,
+    NamedTool,
+    Tool,
+    ToolChoice,
+    Tools,
+    read_tool_choice,
+)
+from cluster.protocol import Grammar
 
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
@@ -41,7 +62,7 @@ ShortText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Prompts: TypeAlias = list[str] | list[list[int]]
 
 
-def _one_or_many(value: Any) -> Any:
+def one_or_many(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
@@ -70,6 +91,10 @@ def _prompts(value: Any) -> Prompts:
     )
 
 
+def is_json(answer: Grammar | StructuralTag) -> bool:
+    return isinstance(answer, Grammar) and answer.kind in ("json_object", "json_schema")
+
+
 def _joined_parts(value: Any) -> Any:
     """Text parts become one string, each on a line of its own (as vLLM does for templates that read strings)."""
     if not isinstance(value, list):
@@ -89,27 +114,6 @@ class StreamOptions(RequestModel):
     include_obfuscation: Annotated[bool, WITHOUT_EFFECT] = False
 
 
-class JsonSchemaFormat(RequestModel):
-    schema_: Annotated[dict[str, Any], HONOURED, Field(alias="schema")]
-    name: Annotated[str, WITHOUT_EFFECT] = ""
-    description: Annotated[str, WITHOUT_EFFECT] = ""
-    strict: Annotated[bool, WITHOUT_EFFECT] = True  # a schema is always followed
-
-
-class ResponseFormat(RequestModel):
-    type: Annotated[Literal["text", "json_object", "json_schema"], HONOURED]
-    json_schema: Annotated[JsonSchemaFormat | None, HONOURED] = None
-
-    @model_validator(mode="after")
-    def _check(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise invalid("is given exactly where the type is json_schema", field="json_schema")
-        return self
-
-
-_USE_RESPONSE_FORMAT = unsupported(note="use response_format")
-
-
 class GenerationRequest(RequestModel):
     """What both endpoints share."""
 
@@ -117,6 +121,7 @@ class GenerationRequest(RequestModel):
     stream: Annotated[bool, HONOURED] = False
     stream_options: Annotated[StreamOptions | None, HONOURED] = None
     n: Annotated[int, HONOURED, Field(ge=1, le=128)] = 1
+    best_of: Annotated[int | None, Support("without_effect", note="it must be n")] = None
 
     temperature: Annotated[Temperature | None, HONOURED] = None
     top_p: Annotated[PositiveFraction | None, HONOURED] = None
@@ -135,15 +140,22 @@ class GenerationRequest(RequestModel):
     ] = {}
     bad_words: Annotated[list[ShortText], HONOURED, Field(max_length=MAX_LIST)] = []
     response_format: Annotated[ResponseFormat | None, HONOURED] = None
+    structured_outputs: Annotated[StructuredOutputs | None, HONOURED] = None
+    guided_json: Annotated[Schema | None, HONOURED] = None  # the older names of its members
+    guided_regex: Annotated[Pattern | None, HONOURED] = None
+    guided_choice: Annotated[Choices | None, HONOURED] = None
+    guided_grammar: Annotated[Pattern | None, HONOURED] = None
 
     max_tokens: Annotated[Count | None, HONOURED] = None  # None: what is left of the context
     min_tokens: Annotated[Count, HONOURED] = 0
-    stop: Annotated[list[ShortText], HONOURED, BeforeValidator(_one_or_many), Field(max_length=MAX_STOP_STRINGS)] = []
+    stop: Annotated[list[ShortText], HONOURED, BeforeValidator(one_or_many), Field(max_length=MAX_STOP_STRINGS)] = []
     stop_token_ids: Annotated[list[TokenId], HONOURED, Field(max_length=MAX_LIST)] = []
     include_stop_str_in_output: Annotated[bool, HONOURED] = False
     ignore_eos: Annotated[bool, HONOURED] = False
     skip_special_tokens: Annotated[bool, HONOURED] = True
 
+    truncate_prompt_tokens: Annotated[int | None, HONOURED, Field(ge=-1, le=2**31 - 1)] = None  # -1: to what has room
+    truncation_side: Annotated[Literal["left", "right"], HONOURED] = "left"  # where tokens are cut off
     prompt_logprobs: Annotated[LogprobCount | None, HONOURED] = None
     return_token_ids: Annotated[bool, HONOURED] = False
     priority: Annotated[int, HONOURED, Field(ge=-(2**31), le=2**31 - 1)] = 0  # lower is sooner
@@ -156,14 +168,11 @@ class GenerationRequest(RequestModel):
     safety_identifier: Annotated[str | None, WITHOUT_EFFECT] = None
     prompt_cache_key: Annotated[str | None, WITHOUT_EFFECT] = None
 
-    guided_json: Annotated[Any, _USE_RESPONSE_FORMAT] = None
-    guided_regex: Annotated[Any, _USE_RESPONSE_FORMAT] = None
-    guided_choice: Annotated[Any, _USE_RESPONSE_FORMAT] = None
-    guided_grammar: Annotated[Any, _USE_RESPONSE_FORMAT] = None
-    structured_outputs: Annotated[Any, _USE_RESPONSE_FORMAT] = None
+    session_id: Annotated[str | None, Support("without_effect", note="equal prompt beginnings stay together")] = None
+    request_id: Annotated[Any, unsupported(note="send it as the header X-Request-Id")] = None
+    data_parallel_rank: Annotated[Any, unsupported(note="the worker is picked by prefix and load")] = None
     use_beam_search: Annotated[bool, unsupported(False)] = False
     length_penalty: Annotated[float, unsupported(1.0, 1)] = 1.0
-    truncate_prompt_tokens: Annotated[Any, unsupported()] = None
     spaces_between_special_tokens: Annotated[bool, unsupported(True)] = True
     kv_transfer_params: Annotated[Any, unsupported()] = None
 
@@ -176,11 +185,41 @@ class GenerationRequest(RequestModel):
         limit = self.token_limit
         if limit is not None and self.min_tokens > limit:
             raise invalid(f"must be at most max_tokens ({limit}), got {self.min_tokens}", field="min_tokens")
-        if self.response_format is not None and self.response_format.type != "text":
-            for field, given in (("min_tokens", self.min_tokens > 0), ("ignore_eos", self.ignore_eos)):
-                if given:
-                    raise invalid("cannot be kept beside response_format: a complete answer ends", field=field)
+        if self.best_of is not None and self.best_of != self.n:
+            raise not_honoured(f"may only be n ({self.n}): candidates are not ranked", field="best_of")
+        if self.truncate_prompt_tokens == 0:
+            raise invalid("must be at least 1, or -1 for what has room", field="truncate_prompt_tokens")
+        asked = list(self._answers())
+        if len(asked) > 1:
+            raise invalid(f"cannot be kept beside {asked[0][0]}: ask for one form", field=asked[1][0])
+        if asked:
+            self._check_ends(asked[0][0])
         return self
+
+    def _check_ends(self, field: str) -> None:
+        """What has a form ends when it is complete."""
+        for name, given in (("min_tokens", self.min_tokens > 0), ("ignore_eos", self.ignore_eos)):
+            if given:
+                raise invalid(f"cannot be kept beside {field}: a complete answer ends", field=name)
+
+    def _answers(self) -> Iterator[tuple[str, Grammar | StructuralTag]]:
+        if self.response_format is not None and (answer := self.response_format.answer) is not None:
+            yield "response_format", answer
+        if self.structured_outputs is not None:
+            yield "structured_outputs", self.structured_outputs.answer
+        if self.guided_json is not None:
+            yield "guided_json", schema_grammar(self.guided_json)
+        if self.guided_regex is not None:
+            yield "guided_regex", Grammar(kind="regex", source=self.guided_regex)
+        if self.guided_choice is not None:
+            yield "guided_choice", choice_grammar(self.guided_choice)
+        if self.guided_grammar is not None:
+            yield "guided_grammar", Grammar(kind="lark", source=self.guided_grammar)
+
+    @property
+    def answer_format(self) -> tuple[str, Grammar | StructuralTag] | None:
+        """What the answer must match, behind the field that says so."""
+        return next(self._answers(), None)
 
     @property
     def token_limit(self) -> int | None:
@@ -223,14 +262,11 @@ class CompletionRequest(GenerationRequest):
     ]
     echo: Annotated[bool, HONOURED] = False
     logprobs: Annotated[LogprobCount | None, HONOURED] = None
-    best_of: Annotated[int | None, Support("without_effect", note="it must be n")] = None
     add_special_tokens: Annotated[bool, HONOURED] = True
     suffix: Annotated[str, unsupported("")] = ""
 
     @model_validator(mode="after")
     def _check_completion(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != self.n:
-            raise not_honoured(f"may only be n ({self.n}): candidates are not ranked", field="best_of")
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise invalid("must be at least 1 (0 is for echo and prompt_logprobs)", field="max_tokens")
         return self
@@ -253,15 +289,35 @@ class ChatMessage(RequestModel):
     """One message; what is set of it is what the chat template sees."""
 
     role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], HONOURED]
-    content: Annotated[str, HONOURED, BeforeValidator(_joined_parts)]
+    content: Annotated[str | None, HONOURED, BeforeValidator(_joined_parts)] = None
     name: Annotated[str | None, HONOURED] = None
     tool_call_id: Annotated[str | None, HONOURED] = None
-    reasoning_content: Annotated[str | None, HONOURED] = None
-    tool_calls: Annotated[list[Any], unsupported([])] = []
-    function_call: Annotated[Any, unsupported()] = None
+    reasoning: Annotated[str | None, HONOURED] = None
+    reasoning_content: Annotated[str | None, HONOURED] = None  # the older name
+    tool_calls: Annotated[MadeCalls, HONOURED] = []
+    function_call: Annotated[Any, unsupported(note="use tool_calls")] = None
     refusal: Annotated[str, unsupported("")] = ""
     annotations: Annotated[list[Any], unsupported([])] = []
     audio: Annotated[Any, unsupported()] = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise invalid("belong to messages of the role assistant", field="tool_calls")
+        if self.content is None and not self.tool_calls:
+            raise invalid("is required; only a message with tool_calls may go without", field="content")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """As transformers' templates read it: what was given of it, the calls' arguments as objects."""
+        message = self.model_dump(include={"role", "content", "name", "tool_call_id"}, exclude_none=True)
+        message.setdefault("content", "")
+        thoughts = self.reasoning_content if self.reasoning is None else self.reasoning
+        if thoughts is not None:
+            message["reasoning_content"] = thoughts
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        return message
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -276,15 +332,21 @@ class ChatCompletionRequest(GenerationRequest):
     continue_final_message: Annotated[bool, HONOURED] = False
     add_special_tokens: Annotated[bool, HONOURED] = False  # the template has them
 
-    tools: Annotated[list[Any], unsupported([])] = []
-    tool_choice: Annotated[Any, unsupported("none")] = None
-    parallel_tool_calls: Annotated[bool, WITHOUT_EFFECT] = True  # there are no tools
-    functions: Annotated[list[Any], unsupported([])] = []
-    function_call: Annotated[Any, unsupported("none")] = None
+    tools: Annotated[Tools, HONOURED] = []
+    tool_choice: Annotated[
+        ToolChoice | None, HONOURED, PlainValidator(read_tool_choice), WithJsonSchema(TOOL_CHOICE_SCHEMA)
+    ] = None  # None: auto where there are tools
+    parallel_tool_calls: Annotated[bool, HONOURED] = True  # false: one call at most
+    functions: Annotated[list[Any], unsupported([], note="use tools")] = []
+    function_call: Annotated[Any, unsupported("none", note="use tool_choice")] = None
+
+    reasoning_effort: Annotated[Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None, HONOURED] = None
+    include_reasoning: Annotated[bool, HONOURED] = True
+    thinking_token_budget: Annotated[Count | None, HONOURED] = None  # behind so many the thoughts are ended
+
     modalities: Annotated[list[Any], unsupported(["text"])] = ["text"]
     audio: Annotated[Any, unsupported()] = None
     prediction: Annotated[Any, unsupported()] = None
-    reasoning_effort: Annotated[Any, unsupported()] = None
     verbosity: Annotated[Any, unsupported()] = None
     web_search_options: Annotated[Any, unsupported()] = None
     chat_template: Annotated[Any, unsupported(note="the checkpoint's template is used")] = None
@@ -299,7 +361,35 @@ class ChatCompletionRequest(GenerationRequest):
             raise invalid("must be at least 1", field=name)
         if self.continue_final_message and self.add_generation_prompt:
             raise invalid("cannot be with add_generation_prompt: true", field="continue_final_message")
+        self._check_tools()
         return self
+
+    def _check_tools(self) -> None:
+        names = [tool.function.name for tool in self.tools]
+        twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+        if twice is not None:
+            raise invalid(f"{twice!r} is there twice: each name stands for one tool", field="tools")
+        choice, answer = self.tool_choice, self.answer_format
+        if self.must_call and not names:
+            raise invalid("asks for a call, but there are no tools", field="tool_choice")
+        if isinstance(choice, NamedTool) and choice.name not in names:
+            raise invalid(f"names {choice.name!r:.80}, which is none of the tools", field="tool_choice")
+        if self.must_call:
+            self._check_ends("tool_choice")
+            if answer is not None:
+                raise invalid("cannot be kept beside a tool_choice that asks for a call", field=answer[0])
+        if self.offered_tools and answer is not None and not is_json(answer[1]):
+            raise invalid("cannot be kept beside tools, but with tool_choice: none", field=answer[0])
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def must_call(self) -> bool:
+        """The reply is calls and nothing else."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
     def token_limit(self) -> int | None:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import NamedTuple
 
 import msgspec
@@ -19,7 +18,7 @@ import msgspec
 from cluster.errors import DeadlineError, DrainingError, ForetokenError, UnavailableError, WorkerLostError
 from cluster.gateway.client import WorkerClient
 from cluster.gateway.generation import Generation, Observer, Sample
-from cluster.gateway.likeness import PoolModel, all_unlike, token_difference
+from cluster.gateway.likeness import ModelsTold, PoolModel, all_unlike, token_difference
 from cluster.gateway.route import WorkerLoad, choose, generated_load, prefix_key
 from cluster.protocol import Abort, EngineState, Hello, RequestOutput, Submit
 
@@ -115,7 +114,8 @@ class WorkerPool:
         self._max_resumptions = max_resumptions
         self._alike_timeout_s = alike_timeout_s
         self._model = PoolModel(alike_timeout_s)
-        self._told_of: set[str] = set()  # workers of another model that the log has named, by id
+        self._models_told = ModelsTold()
+        self._timers: dict[object, asyncio.TimerHandle] = {}  # by what waits for workers that are alike
         self._members: dict[Endpoint, _Member] = {}
         self._leaving: set[_Member] = set()
         self._closing: set[asyncio.Task[None]] = set()
@@ -132,9 +132,7 @@ class WorkerPool:
         self.start()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *raised: object) -> None:
         await self.close()
 
     def start(self) -> None:
@@ -148,6 +146,8 @@ class WorkerPool:
         self.fail(UnavailableError("the server has shut down"))
         members = [*self._members.values(), *self._leaving]
         await asyncio.gather(*(member.client.close() for member in members), *self._closing)
+        for timer in self._timers.values():
+            timer.cancel()
         self._members.clear()
         self._leaving.clear()
 
@@ -168,7 +168,7 @@ class WorkerPool:
                 if self._is_started:
                     member.client.start()
         if self._is_started:
-            self._count_models()
+            self._look_at_workers()
 
     def _make_member(self, endpoint: Endpoint) -> _Member:
         member = _Member(endpoint, self)
@@ -212,8 +212,8 @@ class WorkerPool:
     @property
     def problem(self) -> str | None:
         """Which workers are there and yet get nothing new, and why, in words."""
-        differences = {name: self._model.difference(hello) for name, hello in self.hellos().items()}
-        found = [f"worker {name} has another model ({text})" for name, text in differences.items() if text is not None]
+        differences = self._model.differences(self.hellos())
+        found = [f"worker {name} has another model ({text})" for name, text in differences.items()]
         return f"{', '.join(found)}: no new requests go there" if found else None
 
     def hellos(self) -> dict[str, Hello]:
@@ -269,8 +269,8 @@ class WorkerPool:
             self._runs[sample] = run
         for group in groups.values():
             self._assign(group)
-        error = DeadlineError(f"the request took longer than {timeout_s:.0f} s")
-        generation.fail_after(timeout_s + DEADLINE_GRACE_S, error)
+        late = DeadlineError(f"the request took longer than {timeout_s:.0f} s")
+        generation.fail_after(timeout_s + DEADLINE_GRACE_S, late)
         return generation
 
     def fail(self, error: ForetokenError) -> None:
@@ -287,9 +287,8 @@ class WorkerPool:
             self._give_up(run)
 
     def _give_up(self, run: _Run) -> None:
-        text = "the worker that ran this request was lost"
-        if run.num_losses > 1:
-            text = f"{run.num_losses} workers in a row that ran this request were lost"
+        many = f"{run.num_losses} workers in a row that ran this request were lost"
+        text = many if run.num_losses > 1 else "the worker that ran this request was lost"
         run.generation.fail(WorkerLostError(f"{text}; send it again"), reason="worker_lost")
 
     def _assign(self, runs: Sequence[_Run]) -> None:
@@ -326,12 +325,19 @@ class WorkerPool:
 
     def _wait_for_alike(self, run: _Run, began_on: Hello) -> None:
         """There is no worker that a sequence may go on at. Where others are there it fails in the end."""
-        loop = asyncio.get_running_loop()
         if run.waits_since is None:
-            run.waits_since = loop.time()
-            loop.call_later(self._alike_timeout_s, self._fail_unlike, run, began_on)
+            run.waits_since = asyncio.get_running_loop().time()
+            self._set_timer(run.sample, self._fail_unlike, run, began_on)
         else:
             self._fail_unlike(run, began_on)
+
+    def _set_timer(self, key: object, callback: Callable[..., object], *args: object) -> None:
+        self._stop_timer(key)
+        self._timers[key] = asyncio.get_running_loop().call_later(self._alike_timeout_s, callback, *args)
+
+    def _stop_timer(self, key: object) -> None:
+        if (timer := self._timers.pop(key, None)) is not None:
+            timer.cancel()
 
     def _fail_unlike(self, run: _Run, began_on: Hello) -> None:
         """Fail a sequence that has waited too long beside workers none of which is like the one that began it."""
@@ -350,6 +356,7 @@ class WorkerPool:
         self.num_resumed += run.was_lost
         run.was_lost = False
         run.waits_since = None
+        self._stop_timer(run.sample)
         run.member, run.request_id = member, submit.request_id
         run.num_known = len(submit.output_ids)
         run.num_prompt_left = len(submit.prompt_ids) + len(submit.output_ids)
@@ -369,8 +376,8 @@ class WorkerPool:
         self._dismiss_if_idle(member)
 
     def _abort(self, sample: Sample) -> None:
-        run = self._runs.pop(sample, None)
-        if run is not None and run.member is not None:
+        self._stop_timer(sample)
+        if (run := self._runs.pop(sample, None)) is not None and run.member is not None:
             run.member.client.send(Abort(request_id=run.request_id))
             self._take_off(run)
 
@@ -378,24 +385,17 @@ class WorkerPool:
 
     def member_connected(self) -> None:
         self.num_connections += 1
-        self._count_models()
+        self._look_at_workers()
 
-    def _count_models(self) -> None:
-        """A worker has come or gone. What waits goes on where it may now."""
-        loop = asyncio.get_running_loop()
+    def _look_at_workers(self) -> None:
+        """One has come or gone. What waits goes on where it may now."""
         hellos = self.hellos()
-        has_changed = self._model.count(hellos.values(), len(self._members) - len(hellos), loop.time())
-        for name, hello in hellos.items():
-            text = self._model.difference(hello)
-            if text is None:
-                self._told_of.discard(hello.worker_id)
-            elif hello.worker_id not in self._told_of:
-                self._told_of.add(hello.worker_id)
-                logger.warning("worker %s has another model than this pool and gets no new requests: %s", name, text)
+        before, now = self._model, asyncio.get_running_loop().time()
+        self._model = before.counted(hellos.values(), len(self._members) - len(hellos), now)
+        self._models_told.tell(before, self._model, hellos)
+        self._stop_timer("look")
         if hellos and self.hello is None:
-            loop.call_later(self._alike_timeout_s, self._count_models)
-        if has_changed:
-            logger.warning("this pool has another model from now on: most of its workers do")
+            self._set_timer("look", self._look_at_workers)
         self._changed.set()
         self._assign_waiting([run for run in self._runs.values() if run.member is None])
 
@@ -440,7 +440,7 @@ class WorkerPool:
         for run in runs:
             if run.num_losses > self._max_resumptions:
                 self._give_up(run)
-        self._count_models()
+        self._look_at_workers()
 
     def _assign_waiting(self, runs: Iterable[_Run]) -> None:
         groups: dict[int, list[_Run]] = {}

@@ -1,4 +1,4 @@
-"""Whole replies: a job's outputs, gathered; JSON responses, and errors in OpenAI's shape."""
+"""Whole replies: a job's outputs, gathered; JSON responses, and errors in the shape of the API that a path is of."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 from starlette.responses import Response
+from starlette.types import Scope
 
 from cluster.errors import EngineError, ForetokenError
 from cluster.gateway.generation import Generation
@@ -18,6 +19,17 @@ from cluster.gateway.usage import Usage
 from cluster.protocol import Finish, RequestOutput, TokenLogprobs
 
 logger = logging.getLogger(__name__)
+
+MESSAGES_PATH = "/v1/messages"
+ANTHROPIC_KINDS = {  # docs.anthropic.com/en/api/errors
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 def as_foretoken_error(error: Exception) -> ForetokenError:
@@ -29,9 +41,19 @@ def as_foretoken_error(error: Exception) -> ForetokenError:
     return EngineError("an internal error of the gateway; its log says where")
 
 
-def error_response(error: ForetokenError) -> Response:
+def error_response(error: ForetokenError, scope: Scope) -> Response:
     headers = {} if error.retry_after_s is None else {"retry-after": str(math.ceil(error.retry_after_s))}
-    return JSONBytes(error_body(error), status=error.status, headers=headers)
+    if is_anthropics(scope):
+        body = anthropic_error(error.message, error.status, scope["state"].get("request_id"))
+    else:
+        body = error_body(error)
+    return JSONBytes(body, status=error.status, headers=headers)
+
+
+def is_anthropics(scope: Scope) -> bool:
+    """Whether a request's path is of Anthropic's API."""
+    path: str = scope["path"]
+    return path == MESSAGES_PATH or path.startswith(f"{MESSAGES_PATH}/")
 
 
 class JSONBytes(Response):
@@ -47,6 +69,11 @@ def error_body(error: ForetokenError) -> dict[str, Any]:
 
 def openai_error(message: str, *, kind: str, code: str, param: str | None = None) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def anthropic_error(message: str, status: int, request_id: str | None) -> dict[str, Any]:
+    kind = ANTHROPIC_KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
 async def read_all(generation: Generation, job: Job) -> tuple[list[RequestOutput], Usage]:

@@ -27,7 +27,6 @@ class WorkerLoad:
     name: str
     num_requests: int
     num_tokens: int  # prompt tokens to compute and tokens that are likely to be generated
-    is_available: bool = True  # connected, and takes new requests
 
 
 def generated_load(submit: Submit) -> int:
@@ -44,16 +43,15 @@ def prefix_key(submit: Submit, page_size: int) -> bytes | None:
 
 
 def choose(workers: Sequence[WorkerLoad], prefix: bytes | None) -> str | None:
-    """The name of the worker to take a request whose prompt begins with `prefix`; None: nobody is available."""
-    available = [worker for worker in workers if worker.is_available]
-    if not available:
+    """The name of the one of `workers` to take a request whose prompt begins with `prefix`; None: there is none."""
+    if not workers:
         return None
     if prefix is not None:
-        bound = MAX_IMBALANCE * sum(worker.num_tokens for worker in available) / len(available) + SLACK_TOKENS
-        preferred = min(available, key=lambda worker: _score(prefix, worker.name))
+        bound = MAX_IMBALANCE * sum(worker.num_tokens for worker in workers) / len(workers) + SLACK_TOKENS
+        preferred = min(workers, key=lambda worker: _score(prefix, worker.name))
         if preferred.num_tokens <= bound:
             return preferred.name
-    return min(available, key=lambda worker: (worker.num_tokens, worker.num_requests, worker.name)).name
+    return min(workers, key=lambda worker: (worker.num_tokens, worker.num_requests, worker.name)).name
 
 
 def _score(prefix: bytes, name: str) -> bytes:

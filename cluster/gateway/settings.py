@@ -6,8 +6,10 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from cluster.errors import CheckpointError
+from cluster.gateway.auth import NO_KEYS, Keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,10 @@ class SamplingDefaults:
         return replace(cls(), **given)
 
 
+ToolParser = Literal["auto", "hermes", "mistral", "none"]
+ReasoningParser = Literal["auto", "think", "none"]
+
+
 @dataclass(frozen=True, slots=True)
 class GatewaySettings:
     """One served model and the bounds that its callers meet."""
@@ -67,9 +73,14 @@ class GatewaySettings:
     served_name: str
     model_path: Path  # tokenizer.json, tokenizer_config.json and the chat template are read from here
     sampling_defaults: SamplingDefaults = SamplingDefaults()
+    tool_parser: ToolParser = "auto"  # how the model writes calls; auto: by its chat template and tokens
+    reasoning_parser: ReasoningParser = "auto"  # and thoughts
     request_timeout_s: float = 600.0  # from a request's arrival to its last token, waiting for a worker included
     drain_timeout_s: float = 10.0
     max_open_requests: int = 1024  # over it: 429
+    max_open_requests_per_tenant: int = 0  # over it: 429; 0: none but that of all
+    keys: Keys = NO_KEYS  # none: no key is needed
+    share_prefix_cache: bool = False  # tenants find each other's prefix pages
     max_choices: int = 128  # `n`
     max_sequences: int = 1024  # prompts x n of one request
     max_body_bytes: int = 16 * 2**20

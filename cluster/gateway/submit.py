@@ -5,20 +5,17 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-
-import orjson
+from typing import Any, TypeVar
 
 from cluster.errors import ContextLengthError, InvalidValueError, RequestError
 from cluster.gateway.chat import ChatTemplate
 from cluster.gateway.deltas import MakeParser, PlainText
 from cluster.gateway.fields import RequestModel
-from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest, GenerationRequest, ResponseFormat
+from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from cluster.gateway.parsing.reply_format import ReplyShape
 from cluster.gateway.settings import GatewaySettings
 from cluster.gateway.tokenize import TextTokenizer
-from cluster.protocol import Grammar, Hello, Sampling, Stopping, Submit
-
-TEMPLATE_FIELDS = ("role", "content", "name", "tool_call_id", "reasoning_content")  # of a message
+from cluster.protocol import Hello, Sampling, Stopping, Submit
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +38,7 @@ class Job:
     submits: tuple[Submit, ...]
     asked: RequestModel  # the same in its dialect's own words
     make_parser: MakeParser = PlainText  # of a chat's choices
+    request_id: str = ""  # of the HTTP request
 
     def prompt_of(self, choice: int) -> Prompt:
         return self.prompts[choice // self.request.n]
@@ -63,16 +61,27 @@ def render_chat(request: ChatCompletionRequest, template: ChatTemplate | Request
     if isinstance(template, RequestError):
         raise template
     add_prompt = request.add_generation_prompt
+    variables: dict[str, Any] = {}
+    if request.reasoning_effort is not None:
+        variables["reasoning_effort"] = request.reasoning_effort
+    if request.reasoning_effort == "none":
+        variables["enable_thinking"] = False
     return template.render(
-        [message.model_dump(include={*TEMPLATE_FIELDS}, exclude_none=True) for message in request.messages],
+        [message.for_template() for message in request.messages],
+        tools=[tool.for_template() for tool in request.offered_tools] or None,
         add_generation_prompt=not request.continue_final_message if add_prompt is None else add_prompt,
         continue_final_message=request.continue_final_message,
-        variables=request.chat_template_kwargs,
+        variables=variables | request.chat_template_kwargs,
     )
 
 
-def encode(request: GenerationRequest, tokenizer: TextTokenizer, chat_text: str | None) -> Texts:
-    """The token ids of a request's prompts (`chat_text`: the rendered chat) and words. Raises `InvalidValueError`."""
+def encode(
+    request: GenerationRequest, tokenizer: TextTokenizer, chat_text: str | None, max_model_len: int | None = None
+) -> Texts:
+    """The token ids of a request's prompts (`chat_text`: the rendered chat) and words. Raises `InvalidValueError`.
+
+    Prompts are cut to what the request says; to "what has room" by `max_model_len`.
+    """
     if isinstance(request, CompletionRequest):
         prompts = tuple(_completion_prompt(prompt, request, tokenizer) for prompt in request.prompt)
     else:
@@ -80,14 +89,37 @@ def encode(request: GenerationRequest, tokenizer: TextTokenizer, chat_text: str 
         prompts = (Prompt(tuple(tokenizer.encode(chat_text, special_tokens=request.special_tokens)), chat_text),)
     if not all(prompt.ids for prompt in prompts):
         raise InvalidValueError("the prompt has no tokens; at least one is needed", param=_prompt_field(request))
+    limit = request.truncate_prompt_tokens
+    if limit is not None:
+        if limit == -1:
+            assert max_model_len is not None, "what has room is told"
+            limit = max(1, max_model_len - _needed(request))
+        prompts = tuple(_truncated(prompt, limit, request, tokenizer) for prompt in prompts)
     bad_words = tuple(ids for word in request.bad_words for ids in tokenizer.word_sequences(word))
     return Texts(prompts, bad_words)
+
+
+def _truncated(prompt: Prompt, limit: int, request: GenerationRequest, tokenizer: TextTokenizer) -> Prompt:
+    """At most `limit` tokens of a prompt: its end, or its beginning where the right side is cut off."""
+    if len(prompt.ids) <= limit:
+        return prompt
+    ids = prompt.ids[-limit:] if request.truncation_side == "left" else prompt.ids[:limit]
+    if isinstance(request, CompletionRequest) and request.echo:
+        return Prompt(ids, tokenizer.decode(list(ids), skip_special_tokens=request.skip_special_tokens))
+    return Prompt(ids, prompt.text)
+
+
+def _needed(request: GenerationRequest) -> int:
+    """Tokens that must have room behind the prompt."""
+    return max(1 if request.token_limit is None else request.token_limit, request.min_tokens)
 
 
 def check_lengths(
     request: GenerationRequest, tokenizer: TextTokenizer, chat_text: str | None, max_model_len: int
 ) -> None:
     """Raise `ContextLengthError` for a prompt that is too long for sure. Takes no time; `encode` may take long."""
+    if request.truncate_prompt_tokens is not None:
+        return
     prompts = request.prompt if isinstance(request, CompletionRequest) else [chat_text or ""]
     for prompt in prompts:
         least = tokenizer.min_tokens(prompt) if isinstance(prompt, str) else len(prompt)
@@ -136,6 +168,7 @@ def make_submits(
     hello: Hello,
     settings: GatewaySettings,
     timeout_s: float,
+    shape: ReplyShape,
 ) -> tuple[Submit, ...]:
     """One `Submit` a choice; the choices of one prompt are a group.
 
@@ -145,7 +178,6 @@ def make_submits(
     _check_ids("stop_token_ids", stop_ids, hello.vocab_size)
     _check_ids("logit_bias", tuple(bias), hello.vocab_size)
     defaults = settings.sampling_defaults
-    grammar = _grammar(request.response_format)
     submits = []
     for index, prompt in enumerate(texts.prompts):
         # Equal prompts in one request are samples of their own, unless the caller fixed the seed.
@@ -159,6 +191,7 @@ def make_submits(
             stop_token_ids=stop_ids,
             ignore_eos=request.ignore_eos,
             skip_special_tokens=request.skip_special_tokens,
+            shown_special_ids=shape.shown_special_ids,
         )
         for choice in range(request.n):
             sampling = Sampling(
@@ -176,7 +209,8 @@ def make_submits(
                 bad_words=texts.bad_words,
                 logprobs=request.num_logprobs,
                 prompt_logprobs=request.num_prompt_logprobs,
-                grammar=grammar,
+                grammar=shape.grammar,
+                thinking=shape.thinking,
             )
             submits.append(
                 Submit(
@@ -207,8 +241,7 @@ def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
 
 
 def _max_tokens(request: GenerationRequest, num_prompt: int, max_model_len: int) -> int:
-    asked = request.token_limit
-    needed = max(1 if asked is None else asked, request.min_tokens)
+    asked, needed = request.token_limit, _needed(request)
     if num_prompt + needed > max_model_len:
         raise ContextLengthError(
             f"this model's context length is {max_model_len} tokens, but {num_prompt + needed} were asked for: "
@@ -216,11 +249,3 @@ def _max_tokens(request: GenerationRequest, num_prompt: int, max_model_len: int)
             param=_prompt_field(request),
         )
     return max_model_len - num_prompt if asked is None else asked
-
-
-def _grammar(response_format: ResponseFormat | None) -> Grammar | None:
-    if response_format is None or response_format.type == "text":
-        return None
-    if response_format.json_schema is None:
-        return Grammar(kind="json_object", source="")
-    return Grammar(kind="json_schema", source=orjson.dumps(response_format.json_schema.schema_).decode())

@@ -11,6 +11,7 @@ import pytest
 import uvicorn
 
 from cluster.gateway.app import create_app
+from cluster.gateway.auth import NO_KEYS, Keys
 from cluster.gateway.connection import server_config
 from cluster.gateway.pool import WorkerPool
 from cluster.gateway.settings import GatewaySettings
@@ -28,7 +29,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-OpenGateway = Callable[[StatusSource], contextlib.AbstractAsyncContextManager[str]]
+OpenGateway = Callable[..., contextlib.AbstractAsyncContextManager[str]]
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,8 @@ def open_gateway(tmp_path: Path) -> OpenGateway:
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
 
     @contextlib.asynccontextmanager
-    async def opened(status: StatusSource) -> AsyncIterator[str]:
-        app = create_app(GatewaySettings(served_name=MODEL, model_path=tmp_path), WorkerPool(()), status)
+    async def opened(status: StatusSource, keys: Keys = NO_KEYS) -> AsyncIterator[str]:
+        app = create_app(GatewaySettings(served_name=MODEL, model_path=tmp_path, keys=keys), WorkerPool(()), status)
         with listen("127.0.0.1", 0) as listener:
             server = _Server(server_config(app, stop_timeout_s=1))
             task = asyncio.create_task(server.serve(sockets=[listener]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, TypeVar
@@ -18,6 +19,7 @@ from cluster.protocol import RequestOutput
 
 DONE = b"data: [DONE]\n\n"
 Batch = Sequence[tuple[int, RequestOutput]]
+_HEAD = re.compile(r"[^.\[]*")
 Asked = TypeVar("Asked", bound=RequestModel)
 
 
@@ -40,16 +42,33 @@ class Events(ABC):
         return b"data: " + orjson.dumps(error_body(error)) + b"\n\n"
 
 
-class Dialect(ABC, Generic[Asked]):
-    """One API. Without state of one request: that is in the `Job` and its `Events`."""
+class RequestForm(ABC, Generic[Asked]):
+    """What requests of one kind look like, and the generation that they are about."""
 
     request_type: type[Asked]
-    id_prefix: ClassVar[str]  # of a reply's id
     params: ClassVar[dict[str, str]] = {}  # what this API calls a field of `GenerationRequest`, where it differs
 
     @abstractmethod
     def generation(self, asked: Asked) -> GenerationRequest:
         """The generation that a request asks for. Raises `RequestError`s."""
+
+    def in_its_words(self, error: ForetokenError) -> ForetokenError:
+        """`error`, with the field at fault under the name that this API knows it by."""
+        if error.param is not None:
+            head = _HEAD.match(error.param)
+            assert head is not None, "a parameter begins with a field's name"
+            known = head.group()
+            name = self.params.get(known, known)
+            if name != known:
+                error.message = error.message.replace(f"{known}:", f"{name}:", 1)
+            error.param = name + error.param[head.end() :]
+        return error
+
+
+class Dialect(RequestForm[Asked]):
+    """One API. Without state of one request: that is in the `Job` and its `Events`."""
+
+    id_prefix: ClassVar[str]  # of a reply's id
 
     @abstractmethod
     def events(self, job: Job) -> Events:
@@ -58,10 +77,3 @@ class Dialect(ABC, Generic[Asked]):
     @abstractmethod
     def body(self, job: Job, choices: Sequence[RequestOutput], usage: Usage) -> dict[str, Any]:
         """A whole reply; `choices` are the outputs of each choice, merged into one."""
-
-    def in_its_words(self, error: ForetokenError) -> ForetokenError:
-        """`error`, with the field at fault under the name that this API knows it by."""
-        if error.param is not None:
-            head, *rest = error.param.partition(".")
-            error.param = self.params.get(head, head) + "".join(rest)
-        return error

@@ -13,6 +13,7 @@ from cluster.gateway.dialects.openai_body import common_members, reply_body
 from cluster.gateway.dialects.openai_events import ChunkEvents, finish_members
 from cluster.gateway.logprobs import chat_logprobs
 from cluster.gateway.openai import ChatCompletionRequest
+from cluster.gateway.openai_tools import NamedTool
 from cluster.gateway.submit import Job
 from cluster.gateway.usage import Usage
 from cluster.protocol import Finish, RequestOutput
@@ -20,7 +21,7 @@ from cluster.protocol import Finish, RequestOutput
 
 class ChatCompletions(Dialect[ChatCompletionRequest]):
     request_type = ChatCompletionRequest
-    id_prefix = "chatcmpl"
+    id_prefix = "chatcmpl-"
 
     def generation(self, asked: ChatCompletionRequest) -> ChatCompletionRequest:
         return asked
@@ -54,7 +55,7 @@ def _choice(job: Job, index: int, output: RequestOutput) -> dict[str, Any]:
         "index": index,
         "message": message,
         "logprobs": chat_logprobs(output.logprobs, request.top_logprobs or 0) if request.logprobs else None,
-        "finish_reason": finish_reason(output.finish, bool(reply.calls)),
+        "finish_reason": finish_reason(output.finish, bool(reply.calls) and not _is_named(request)),
         **common_members(job, index, output),
     }
 
@@ -70,6 +71,7 @@ class ChatEvents(ChunkEvents):
         self._num_top = (request.top_logprobs or 0) if request.logprobs else None
         self._parsers = [job.make_parser() for _ in job.submits]
         self._has_calls: set[int] = set()
+        self._is_named = _is_named(request)
 
     def _output_events(self, choice: int, output: RequestOutput, first: bool) -> bytes:
         events = b""
@@ -92,7 +94,7 @@ class ChatEvents(ChunkEvents):
                 events += self._event(choice, members + ids)
                 logprobs, ids = b"null", b""
         if output.finish is not None:
-            reason = finish_reason(output.finish, choice in self._has_calls)
+            reason = finish_reason(output.finish, choice in self._has_calls and not self._is_named)
             ends = finish_members(reason, output.finish.stop_reason)
             events += self._event(choice, b'"delta":{},"logprobs":null' + ends)
         return events
@@ -117,6 +119,11 @@ def _delta(delta: Delta) -> bytes:
 def finish_reason(finish: Finish, has_calls: bool) -> str:
     """A reply that ended by itself behind calls waits for what they give."""
     return "tool_calls" if has_calls and finish.reason == "stop" else finish.reason
+
+
+def _is_named(request: ChatCompletionRequest) -> bool:
+    """Who names the one tool to call takes the reply for its arguments: OpenAI ends it with "stop"."""
+    return isinstance(request.tool_choice, NamedTool)
 
 
 def _request(job: Job) -> ChatCompletionRequest:

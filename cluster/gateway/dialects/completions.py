@@ -20,7 +20,7 @@ from cluster.protocol import RequestOutput
 
 class Completions(Dialect[CompletionRequest]):
     request_type = CompletionRequest
-    id_prefix = "cmpl"
+    id_prefix = "cmpl-"
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer

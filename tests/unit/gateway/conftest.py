@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from cluster.gateway.app import create_app
-from cluster.gateway.connection import server_config
+from cluster.gateway.connection import MAX_CONNECTIONS, server_config
 from cluster.gateway.pool import Endpoint, WorkerPool
 from cluster.gateway.settings import GatewaySettings
 from cluster.gateway.status import StatusSource
@@ -129,6 +129,7 @@ async def serve(checkpoint: Path, worker: ScriptedWorker) -> AsyncIterator[Serve
             pool: dict[str, Any] | None = None,
             endpoints: Sequence[Endpoint] | None = None,
             status: StatusSource | None = None,
+            max_connections: int = MAX_CONNECTIONS,
             **changes: Any,
         ) -> Served:
             settings = GatewaySettings(served_name=MODEL, model_path=model_path or checkpoint, **changes)
@@ -139,7 +140,7 @@ async def serve(checkpoint: Path, worker: ScriptedWorker) -> AsyncIterator[Serve
             listener.bind(("127.0.0.1", 0))
             listener.listen()
             port = listener.getsockname()[1]
-            server = _Server(server_config(app, stop_timeout_s=5))
+            server = _Server(server_config(app, stop_timeout_s=5, max_connections=max_connections))
             task = asyncio.create_task(server.serve(sockets=[listener]))
 
             async def stop() -> None:

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.anyio
 INVALID, UNSUPPORTED = "invalid_value", "unsupported_parameter"
 LONG = {"prompt": "x" * 600}
 
+TAG = {"type": "structural_tag", "structures": [{"begin": "<f>", "schema": {}}]}
 BOTH: list[tuple[dict[str, Any], str, str | None]] = [
     ({"temperature": -0.1}, INVALID, "temperature"),
     ({"temperature": 2.1}, INVALID, "temperature"),
@@ -70,6 +71,23 @@ BOTH: list[tuple[dict[str, Any], str, str | None]] = [
         "response_format.json_schema.schema",
     ),
     ({"model": 5}, INVALID, "model"),
+    ({"best_of": 2}, UNSUPPORTED, "best_of"),
+    ({"request_id": "mine"}, UNSUPPORTED, "request_id"),
+    ({"data_parallel_rank": 0}, UNSUPPORTED, "data_parallel_rank"),
+    ({"truncate_prompt_tokens": 0}, INVALID, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": -2}, INVALID, "truncate_prompt_tokens"),
+    ({"truncation_side": "middle"}, INVALID, "truncation_side"),
+    ({"structured_outputs": {}}, INVALID, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, INVALID, "structured_outputs"),
+    ({"structured_outputs": {"regex": 5}}, INVALID, "structured_outputs.regex"),
+    ({"structured_outputs": {"choice": []}}, INVALID, "structured_outputs.choice"),
+    ({"structured_outputs": {"json": "{"}}, INVALID, "structured_outputs.json"),
+    ({"guided_regex": "a", "response_format": {"type": "json_object"}}, INVALID, "guided_regex"),
+    ({"guided_choice": ["a"], "guided_regex": "a"}, INVALID, "guided_choice"),
+    ({"guided_choice": ["a"], "ignore_eos": True}, INVALID, "ignore_eos"),
+    ({"response_format": {"type": "structural_tag"}}, INVALID, "response_format.structures"),
+    ({"response_format": TAG | {"triggers": ["<g"]}}, INVALID, "response_format.triggers"),
+    ({"response_format": {"type": "structural_tag", "format": {}}}, UNSUPPORTED, "response_format.format"),
     ({"priority": 2**40}, INVALID, "priority"),
     ({"store": True}, UNSUPPORTED, "store"),
     ({"service_tier": "flex"}, UNSUPPORTED, "service_tier"),
@@ -90,12 +108,13 @@ COMPLETIONS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"prompt": ["a"] * 20, "n": 100}, INVALID, "prompt"),
     ({"logprobs": 21}, INVALID, "logprobs"),
     ({"logprobs": True}, INVALID, "logprobs"),
-    ({"best_of": 2}, UNSUPPORTED, "best_of"),
     ({"suffix": "x"}, UNSUPPORTED, "suffix"),
     (LONG, "context_length_exceeded", "prompt"),
     ({"messages": []}, UNSUPPORTED, "messages"),
 ]
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+AUDIO = {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}
+FILE = {"type": "file", "file": {"file_id": "https://example.org/a.pdf"}}
 CHAT: list[tuple[dict[str, Any], str, str | None]] = [
     ({"messages": None}, INVALID, "messages"),
     ({"messages": []}, INVALID, "messages"),
@@ -114,8 +133,10 @@ CHAT: list[tuple[dict[str, Any], str, str | None]] = [
     ({"max_completion_tokens": 0}, INVALID, "max_completion_tokens"),
     ({"add_generation_prompt": True, "continue_final_message": True}, INVALID, "continue_final_message"),
     ({"chat_template_kwargs": {"messages": []}}, INVALID, "chat_template_kwargs"),
-    ({"tools": [{"type": "function"}]}, UNSUPPORTED, "tools"),
-    ({"tool_choice": "auto"}, UNSUPPORTED, "tool_choice"),
+    ({"messages": [{"role": "user", "content": [AUDIO]}]}, UNSUPPORTED, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [FILE]}]}, UNSUPPORTED, "messages[0].content"),
+    ({"functions": [{"name": "f"}]}, UNSUPPORTED, "functions"),
+    ({"function_call": "auto"}, UNSUPPORTED, "function_call"),
     ({"prompt": "Hi"}, UNSUPPORTED, "prompt"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,8 +11,9 @@ import msgspec
 import pytest
 
 from cluster.gateway.capabilities import capabilities
-from tests.support.scripted_worker import ScriptedWorker
-from tests.unit.gateway.conftest import MODEL, Served
+from tests.support.chat_templates import QWEN_LIKE, write_tokenizer
+from tests.support.scripted_worker import ScriptedWorker, byte_tokenizer, hello
+from tests.unit.gateway.conftest import MODEL, Serve, Served
 
 pytestmark = pytest.mark.anyio
 
@@ -25,6 +27,29 @@ class Row:
 
     value: Any
     beside: dict[str, Any] = field(default_factory=dict)
+
+
+TAG = {"structures": [{"begin": "<f>", "schema": {"type": "object"}, "end": "</f>"}], "triggers": ["<f"]}
+CALL = {"id": "call-1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+CALLED = {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]}
+TOOL = {"type": "function", "function": {"name": "weather"}}
+
+
+def _tag(path: str) -> dict[str, Row]:
+    """The members of a structural tag, which stand in two places."""
+    beside = {path.partition(".")[0]: _nested(path.partition(".")[2], TAG | {"type": "structural_tag"})}
+    other = [TAG["structures"][0] | {"begin": "<f g>"}]
+    return {
+        f"{path}.structures": Row(other, beside),
+        f"{path}.structures[].begin": Row("<f g>", beside),
+        f"{path}.structures[].schema": Row({"type": "array"}, beside),
+        f"{path}.structures[].end": Row("<end>", beside),
+        f"{path}.triggers": Row(["<f>"], beside),
+    }
+
+
+def _nested(path: str, value: Any) -> Any:
+    return {path: value} if path else value
 
 
 SHARED = {
@@ -47,6 +72,24 @@ SHARED = {
     "response_format.type": Row("json_object", {"response_format": {"type": "text"}}),
     "response_format.json_schema": Row(SCHEMA["json_schema"], {"response_format": {"type": "json_schema"}}),
     "response_format.json_schema.schema": Row({"type": "array"}, {"response_format": SCHEMA}),
+    **_tag("response_format"),
+    "structured_outputs": Row({"regex": "a*"}),
+    "structured_outputs.json": Row({"type": "array"}, {"structured_outputs": {"json": {}}}),
+    "structured_outputs.regex": Row("b*", {"structured_outputs": {"regex": "a*"}}),
+    "structured_outputs.choice": Row(["b"], {"structured_outputs": {"choice": ["a"]}}),
+    "structured_outputs.grammar": Row('start: "b"', {"structured_outputs": {"grammar": 'start: "a"'}}),
+    "structured_outputs.json_object": Row(True, {"structured_outputs": {}}),
+    "structured_outputs.structural_tag": Row(TAG, {"structured_outputs": {}}),
+    "structured_outputs.structural_tag.type": Row(
+        "structural_tag", {"structured_outputs": {"structural_tag": TAG | {"type": "other"}}}
+    ),
+    **_tag("structured_outputs.structural_tag"),
+    "guided_json": Row({"type": "array"}),
+    "guided_regex": Row("a*"),
+    "guided_choice": Row(["a"]),
+    "guided_grammar": Row('start: "a"'),
+    "truncate_prompt_tokens": Row(1),
+    "truncation_side": Row("right", {"truncate_prompt_tokens": 1}),
     "max_tokens": Row(3),
     "min_tokens": Row(30),
     "stop": Row("lo"),
@@ -74,7 +117,27 @@ HONOURED = {
         "messages[].content": Row("other"),
         "messages[].name": Row("Ann"),
         "messages[].tool_call_id": Row("call-1", {"messages": [USER | {"role": "tool"}]}),
+        "messages[].reasoning": Row("so", {"messages": [USER | {"role": "assistant"}]}),
         "messages[].reasoning_content": Row("so", {"messages": [USER | {"role": "assistant"}]}),
+        "messages[].tool_calls": Row([CALL], {"messages": [USER, USER | {"role": "assistant"}]}),
+        "messages[].tool_calls[].id": Row("call-2", CALLED),
+        "messages[].tool_calls[].type": Row(
+            "function", {"messages": [USER, {"role": "assistant", "tool_calls": [CALL | {"type": "other"}]}]}
+        ),
+        "messages[].tool_calls[].function": Row({"name": "clock", "arguments": "{}"}, CALLED),
+        "messages[].tool_calls[].function.name": Row("clock", CALLED),
+        "messages[].tool_calls[].function.arguments": Row('{"a": 1}', CALLED),
+        "tools": Row([TOOL]),
+        "tools[].type": Row("function", {"tools": [TOOL | {"type": "other"}]}),
+        "tools[].function": Row({"name": "clock"}, {"tools": [TOOL]}),
+        "tools[].function.name": Row("clock", {"tools": [TOOL]}),
+        "tools[].function.description": Row("It tells the weather.", {"tools": [TOOL]}),
+        "tools[].function.parameters": Row({"type": "object"}, {"tools": [TOOL]}),
+        "tool_choice": Row("required", {"tools": [TOOL]}),
+        "parallel_tool_calls": Row(False, {"tools": [TOOL], "tool_choice": "required"}),
+        "reasoning_effort": Row("low"),
+        "include_reasoning": Row(False, {"chat_template_kwargs": {"thinks_at_once": True}}),
+        "thinking_token_budget": Row(5),
         "max_completion_tokens": Row(3),
         "logprobs": Row(True),
         "top_logprobs": Row(2, {"logprobs": True}),
@@ -83,6 +146,17 @@ HONOURED = {
         "continue_final_message": Row(True, {"messages": [USER, USER | {"role": "assistant"}]}),
         "add_special_tokens": Row(True),
     },
+}
+# where the request beside a row is none without the row's value
+REQUIRED = {
+    "prompt",
+    "messages",
+    "response_format.json_schema",
+    "structured_outputs.json_object",
+    "structured_outputs.structural_tag",
+    "structured_outputs.structural_tag.type",
+    "messages[].tool_calls[].type",
+    "tools[].type",
 }
 NO_ROW = {"model", "stream_options"}  # another model is a 404; stream_options asks through its members
 WITHOUT_EFFECT: dict[str, Any] = {
@@ -97,8 +171,27 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "safety_identifier": "s",
     "prompt_cache_key": "k",
     "best_of": 1,
-    "parallel_tool_calls": False,
+    "session_id": "s",
+    "structured_outputs.disable_fallback": True,
+    "structured_outputs.disable_any_whitespace": True,
+    "tools[].function.strict": True,
+    "messages[].tool_calls[].index": 0,
 }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that knows tools and thinks."""
+    template = QWEN_LIKE.replace("{%- set call =", "{{- call.id }}{%- set call =")  # as Mistral's show it
+    return write_tokenizer(tmp_path_factory.mktemp("checkpoint"), byte_tokenizer(), template)
+
+
+@pytest.fixture
+async def served(serve: Serve, worker: ScriptedWorker) -> Served:
+    worker.hello = hello(max_model_len=4096)
+    served = await serve()
+    await served.ready()
+    return served
 
 
 def described(endpoint: str, support: str) -> list[str]:
@@ -109,6 +202,20 @@ def described(endpoint: str, support: str) -> list[str]:
 def request_body(endpoint: str, beside: dict[str, Any]) -> dict[str, Any]:
     prompt = {"prompt": "Hi"} if endpoint == "/v1/completions" else {"messages": [USER]}
     return {"model": MODEL, "seed": 1, "max_tokens": 40} | prompt | beside
+
+
+def parent(name: str) -> dict[str, Any]:
+    """What must be there for a field to be in it."""
+    parents: dict[str, dict[str, Any]] = {
+        "stream_options.": {"stream": True, "stream_options": {}},
+        "response_format.json_schema.": {"response_format": SCHEMA},
+        "response_format.": {"response_format": {"type": "text"}},
+        "structured_outputs.structural_tag.": {"structured_outputs": {"structural_tag": TAG}},
+        "structured_outputs.": {"structured_outputs": {"regex": "a"}},
+        "tools[].": {"tools": [TOOL]},
+        "messages[].tool_calls[].": CALLED,
+    }
+    return next((body for beginning, body in parents.items() if name.startswith(beginning)), {})
 
 
 def with_field(body: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -145,7 +252,7 @@ async def test_an_honoured_field_changes_something(served: Served, worker: Scrip
     for name, row in HONOURED[endpoint].items():
         body = request_body(endpoint, row.beside)
         without = None
-        if name not in ("prompt", "messages", "response_format.json_schema"):  # required: there is no request without
+        if name not in REQUIRED:  # there is no request without
             without = await effect(served, worker, endpoint, body)
         assert await effect(served, worker, endpoint, with_field(body, name, row.value)) != without, name
 
@@ -160,12 +267,7 @@ async def test_a_field_without_effect_is_accepted_and_changes_nothing(
     served: Served, worker: ScriptedWorker, endpoint: str
 ) -> None:
     for name in described(endpoint, "without_effect"):
-        beside: dict[str, Any] = {}
-        if name.startswith("stream_options"):
-            beside = {"stream": True, "stream_options": {}}
-        elif name.startswith("response_format"):
-            beside = {"response_format": SCHEMA}
-        body = request_body(endpoint, beside)
+        body = request_body(endpoint, parent(name))
         changed = with_field(body, name, WITHOUT_EFFECT[name])
         assert changed != body
         assert await effect(served, worker, endpoint, changed) == await effect(served, worker, endpoint, body), name
@@ -174,7 +276,7 @@ async def test_a_field_without_effect_is_accepted_and_changes_nothing(
 @pytest.mark.parametrize("endpoint", HONOURED)
 async def test_an_unsupported_field_is_refused_by_name(served: Served, worker: ScriptedWorker, endpoint: str) -> None:
     for name in described(endpoint, "unsupported"):
-        body = with_field(request_body(endpoint, {}), name, {"asked": "for"})
+        body = with_field(request_body(endpoint, parent(name)), name, {"asked": "for"})
         response = await served.http.post(endpoint, json=body)
         error = response.json()["error"]
         assert (response.status_code, error["code"]) == (400, "unsupported_parameter"), name
@@ -186,7 +288,8 @@ async def test_an_unsupported_field_is_refused_by_name(served: Served, worker: S
 @pytest.mark.parametrize("endpoint", HONOURED)
 async def test_null_asks_for_nothing(served: Served, endpoint: str) -> None:
     for name in described(endpoint, "unsupported"):
-        response = await served.http.post(endpoint, json=with_field(request_body(endpoint, {}), name, None))
+        body = with_field(request_body(endpoint, parent(name)), name, None)
+        response = await served.http.post(endpoint, json=body)
         assert response.status_code == 200, response.text
 
 

@@ -123,6 +123,10 @@ def test_the_template_is_found_where_it_may_be(tmp_path: Path) -> None:
     assert source(write(tmp_path, chat_template="one")) == "one"
     named = [{"name": "tool_use", "template": "two"}, {"name": "default", "template": "three"}]
     assert source(write(tmp_path, chat_template=named)) == "three"
+    loaded = load(tmp_path)
+    assert isinstance(loaded, ChatTemplate)
+    assert loaded.render([USER]) == "three"
+    assert loaded.render([USER], tools=[{}]) == "two", "as transformers picks it"
     assert source(write(tmp_path, chat_template=named[:1])) == "two"
     (tmp_path / "chat_template.jinja").write_text("four")
     assert source(tmp_path) == "four"

@@ -27,6 +27,7 @@ from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker, hello
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("redis")]
 
 TOKEN = "sesame"
+KEY = "a-key-for-clients"
 ANSWER = "Hello, wörld! 🦀"
 CHAT = {"model": "foretoken-demo", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -119,14 +120,16 @@ async def test_a_cluster_without_a_store_is_one_line(tmp_path: Path) -> None:
 async def test_it_serves_who_is_registered_until_sigterm(
     tmp_path: Path, redis_server: RedisServer, worker: ScriptedWorker
 ) -> None:
-    settings = {"port": "0", "store": redis_server.url, "cluster_name": "one", "token": TOKEN, "lease_s": "5"}
-    with started(tmp_path, **settings) as gateway:
+    settings = {"port": "0", "store": redis_server.url, "cluster_name": "one", "token": TOKEN, "lease_s": "4"}
+    with started(tmp_path, **settings, api_key=KEY) as gateway:
+        header = {"authorization": f"Bearer {KEY}"}
         async with (
-            httpx.AsyncClient(base_url=await gateway.url(), timeout=DEADLINE_S) as client,
+            httpx.AsyncClient(base_url=await gateway.url(), timeout=DEADLINE_S, headers=header) as client,
             RedisStore(redis_server.url, namespace="one") as store,
         ):
             await until_ready(client, 503)
-            assert (await client.get("/health/live")).status_code == 200
+            assert (await client.get("/health/live", headers={"authorization": ""})).status_code == 200
+            assert (await client.get("/cluster", headers={"authorization": ""})).status_code == 401
             shown = (await client.get("/cluster")).json()
             assert (shown["workers"], shown["problem"]) == ([], "the controller has written no status yet")
             assert (await client.get("/")).headers["content-type"].startswith("text/html")

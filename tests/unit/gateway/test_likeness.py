@@ -45,32 +45,38 @@ def test_the_fast_class_asks_for_no_bits() -> None:
 def test_most_workers_say_which_model_it_is() -> None:
     model = PoolModel(reign_s=10.0)
     assert model.difference(THEIRS) is None, "nothing is known yet"
-    assert not model.count([OURS], 1, 0.0)
+    model = model.counted([OURS], 1, 0.0)
     assert model.difference(OURS) is None
     assert model.difference(THEIRS) is not None
-    assert not model.count([THEIRS, OURS], 1, 1.0), "who was there first stays among equals"
-    assert not model.count([THEIRS, OURS, OURS], 1, 2.0)
-    assert model.count([THEIRS, OURS, THEIRS], 1, 3.0)
+    assert model.differences({"a": OURS, "b": THEIRS}).keys() == {"b"}
+    model = model.counted([THEIRS, OURS], 1, 1.0)
+    assert model.hello == OURS, "who was there first stays among equals"
+    model = model.counted([THEIRS, OURS, OURS], 1, 2.0)
+    assert model.hello == OURS
+    model = model.counted([THEIRS, OURS, THEIRS], 1, 3.0)
     assert model.difference(OURS) is not None
     assert model.difference(THEIRS) is None
 
 
+def test_counting_changes_nothing() -> None:
+    model = PoolModel(reign_s=10.0).counted([OURS], 0, 0.0)
+    assert model.counted([THEIRS], 0, 1.0).hello == THEIRS
+    assert model == PoolModel(reign_s=10.0, hello=OURS, seen_s=0.0)
+
+
 def test_a_model_keeps_its_place_for_a_while() -> None:
-    model = PoolModel(reign_s=10.0)
-    model.count([OURS], 1, 0.0)
-    model.count([OURS, THEIRS], 1, 5.0)
-    assert not model.count([THEIRS], 1, 14.9)
+    model = PoolModel(reign_s=10.0).counted([OURS], 1, 0.0).counted([OURS, THEIRS], 1, 5.0)
+    model = model.counted([THEIRS], 1, 14.9)
     assert model.difference(THEIRS) is not None
-    assert not model.count([THEIRS, OURS], 1, 14.95), "it is back"
-    assert not model.count([], 1, 50.0)
-    assert model.difference(OURS) is None, "nobody else was there"
-    assert model.count([THEIRS], 1, 51.0)
+    model = model.counted([THEIRS, OURS], 1, 14.95)
+    assert model.hello == OURS, "it is back"
+    model = model.counted([], 1, 50.0)
+    assert model.hello == OURS, "nobody else was there"
+    model = model.counted([THEIRS], 1, 51.0)
     assert model.difference(THEIRS) is None
 
 
 def test_where_nobody_is_missing_nobody_is_waited_for() -> None:
-    model = PoolModel(reign_s=10.0)
-    model.count([OURS], 0, 0.0)
-    assert not model.count([THEIRS], 1, 1.0)
-    assert model.count([THEIRS], 0, 1.5)
-    assert model.difference(THEIRS) is None
+    model = PoolModel(reign_s=10.0).counted([OURS], 0, 0.0)
+    assert model.counted([THEIRS], 1, 1.0).hello == OURS
+    assert model.counted([THEIRS], 0, 1.5).hello == THEIRS

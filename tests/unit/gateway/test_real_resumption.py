@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from cluster.gateway.pool import Endpoint, WorkerPool
-from tests.support.worker_process import WorkerProcess, tiny_checkpoint
+from tests.support.worker_process import RunningWorker, tiny_checkpoint
 from tests.unit.gateway.conftest import MODEL, Serve, Served
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(180)]
@@ -120,10 +120,10 @@ def late_stop(text: str) -> str:
 
 
 @contextlib.contextmanager
-def started(checkpoint: Path, folder: Path, **of: dict[str, Any]) -> Iterator[dict[str, WorkerProcess]]:
+def started(checkpoint: Path, folder: Path, **of: dict[str, Any]) -> Iterator[dict[str, RunningWorker]]:
     with contextlib.ExitStack() as stack:
         yield {
-            name: stack.enter_context(WorkerProcess(checkpoint, folder, name, page_size=PAGE_SIZE, **options))
+            name: stack.enter_context(RunningWorker(checkpoint, folder, name, page_size=PAGE_SIZE, **options))
             for name, options in of.items()
         }
 

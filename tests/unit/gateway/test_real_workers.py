@@ -15,7 +15,7 @@ import pytest
 
 from cluster.control.model import DEMO_PATH
 from cluster.gateway.pool import Endpoint, WorkerPool
-from tests.support.worker_process import WorkerProcess
+from tests.support.worker_process import RunningWorker
 from tests.unit.gateway.conftest import MODEL, Serve, Served
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("demo")]
@@ -62,7 +62,7 @@ async def test_a_real_worker_that_hangs_or_dies(serve: Serve) -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workers = {
-            name: stack.enter_context(WorkerProcess(DEMO_PATH, folder, name, token=TOKEN)) for name in ("a", "b")
+            name: stack.enter_context(RunningWorker(DEMO_PATH, folder, name, token=TOKEN)) for name in ("a", "b")
         }
         served = await serve(
             endpoints=[Endpoint(name, worker.address) for name, worker in workers.items()],

@@ -28,13 +28,13 @@ def keys(number: int) -> list[bytes]:
     return [source.randbytes(16) for _ in range(number)]
 
 
-def test_nobody_is_available() -> None:
+def test_there_is_nobody() -> None:
     assert choose([], b"x") is None
-    assert choose([WorkerLoad("a", 0, 0, is_available=False)], None) is None
+    assert choose([], None) is None
 
 
 def test_without_a_prefix_the_least_loaded_is_taken() -> None:
-    workers = [WorkerLoad("a", 9, 90), WorkerLoad("b", 3, 100), WorkerLoad("c", 0, 0, is_available=False)]
+    workers = [WorkerLoad("a", 9, 90), WorkerLoad("b", 3, 100)]
     assert choose(workers, None) == "a"
     assert choose([WorkerLoad("a", 2, 5), WorkerLoad("b", 1, 5)], None) == "b"
 

@@ -97,6 +97,32 @@ async def test_another_one_that_is_alike_goes_on(serve: Serve, team: Team, tmp_p
     assert a.submits[-1].output_ids
 
 
+async def test_a_pool_that_is_closed_leaves_no_timer_behind(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = team.workers.values()
+    differ(b, checkpoint="decaf")
+    loop = asyncio.get_running_loop()
+    call_later, timers = loop.call_later, []
+
+    def noting(delay: float, callback: Any, *args: Any, **options: Any) -> asyncio.TimerHandle:
+        timer = call_later(delay, callback, *args, **options)
+        if delay == 60.0:
+            timers.append(timer)
+        return timer
+
+    monkeypatch.setattr(loop, "call_later", noting)
+    async with asyncio.timeout(DEADLINE_S), WorkerPool(team.endpoints[:1], alike_timeout_s=60.0) as pool:
+        await pool.ready(DEADLINE_S)
+        pool.set_workers(team.endpoints)
+        while pool.num_alive < 2:
+            await asyncio.sleep(0.001)
+        await a.kill()
+        while pool.num_alive > 1:
+            await asyncio.sleep(0.001)
+        assert pool.hello is None
+        assert not timers[-1].cancelled()
+    assert all(timer.cancelled() for timer in timers)
+
+
 async def test_in_the_fast_class_any_of_that_class_goes_on(serve: Serve, team: Team) -> None:
     a, b = team.workers.values()
     differ(a, numerics="fast")
@@ -119,7 +145,7 @@ async def test_a_worker_of_another_model_gets_nothing(
     await all_ready(served, 1)
     assert await problem(served) is None
     differ(b, dtype="bfloat16")
-    with caplog.at_level(logging.WARNING, "cluster.gateway.pool"):
+    with caplog.at_level(logging.WARNING, "cluster.gateway.likeness"):
         pool_of(served).set_workers(team.endpoints)
         await until_left_out(served, "b")
         for _ in range(3):  # its connection breaks and comes back

@@ -13,8 +13,8 @@ import msgspec
 import pytest
 
 from cluster.errors import StoreUnavailableError
+from cluster.gateway.discovery import WorkerDiscovery
 from cluster.gateway.pool import Endpoint, WorkerPool
-from cluster.gateway.registry import WorkerRegistry
 from cluster.store.memory import MemoryStore
 from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker, hello
 
@@ -64,7 +64,7 @@ async def store() -> FickleStore:
 async def pool(store: FickleStore) -> AsyncIterator[WorkerPool]:
     """A pool that a registry keeps."""
     async with WorkerPool(reconnect_delay_s=0.01) as pool:
-        task = asyncio.create_task(WorkerRegistry(store, pool).run())
+        task = asyncio.create_task(WorkerDiscovery(store, pool).run())
         yield pool
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 WAIT_S = 10.0  # for a change; after it the store is asked again
 
 
-class WorkerRegistry:
+class WorkerDiscovery:
     """Keeps `pool` at the workers whose records say that they take requests.
 
     A worker that does not answer stays among them. While the store is out of reach, what is known goes on; a store

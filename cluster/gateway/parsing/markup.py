@@ -1,0 +1,28 @@
+"""What the parsers share: marks in a text, what could still become one, and names for calls."""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Callable
+
+ALPHANUMERIC = string.ascii_letters + string.digits
+
+NewCallId = Callable[[], str]
+
+
+def openai_call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+def mistral_call_id() -> str:
+    """Mistral's templates take ids of nine letters and digits only."""
+    return "".join(secrets.choice(ALPHANUMERIC) for _ in range(9))
+
+
+def held_length(text: str, mark: str) -> int:
+    """How many characters at the end of `text` could still become `mark`."""
+    for length in range(min(len(text), len(mark) - 1), 0, -1):
+        if text.endswith(mark[:length]):
+            return length
+    return 0
