@@ -34,7 +34,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --create-home --home-dir /var/lib/foretoken foretoken
 COPY --from=build /opt/foretoken /opt/foretoken
-# In a container 127.0.0.1 reaches nobody; what is published decides who gets in.
+# In a container 127.0.0.1 reaches nobody. On 0.0.0.0 clients must show a key: give FORETOKEN_API_KEY, or read the one
+# that is printed at the start.
 ENV PATH=/opt/foretoken/bin:$PATH \
     HOME=/var/lib/foretoken \
     HF_HOME=/var/lib/foretoken/huggingface \

@@ -55,6 +55,7 @@ class Registry:
         self._store = store
         self._reader = Reader()
         self._owns_workers = owns_workers
+        self._is_written = True  # when it was last tried
         self._wanted: dict[str, bytes] = {}
 
     async def load(self) -> tuple[dict[str, WorkerRecord], bytes | None]:
@@ -97,6 +98,9 @@ class Registry:
         try:
             await self.sync()
         except StoreUnavailableError as error:
-            logger.debug("the store was not written: %s", error.message)
+            if self._is_written:
+                logger.warning("the store was not written, which is tried again: %s", error.message)
+            self._is_written = False
             return False
+        self._is_written = True
         return True

@@ -35,7 +35,15 @@ from cluster.gateway.openai import (
 from cluster.gateway.openai_tools import MAX_TOOLS, Name, NamedTool, object_schema
 
 MAX_BLOCKS = 4096  # of one message
-_BLOCKS = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
+_NEEDED: dict[str, tuple[str, ...]] = {  # by a block's type
+    "text": ("text",),
+    "tool_use": ("id", "name", "input"),
+    "tool_result": ("tool_use_id",),
+    "thinking": ("thinking",),
+    "redacted_thinking": (),
+}
+_OPTIONAL = {"tool_result": ("content",)}
+_MEMBERS = {"text", "thinking", "id", "name", "input", "tool_use_id", "content"}
 _KEEP_THINKING = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
 
 Temperature = Annotated[Number, Field(ge=0.0, le=1.0)]  # Anthropic's temperatures end at 1
@@ -60,7 +68,7 @@ def _blocks(value: Any) -> Any:
 
 
 def _block_type(value: Any) -> Any:
-    if isinstance(value, str) and value not in _BLOCKS:
+    if isinstance(value, str) and value not in _NEEDED:
         raise not_honoured(f"a block of type {value!r:.40} is not supported: this model reads text and calls of tools")
     return value
 
@@ -96,16 +104,13 @@ class Block(RequestModel):
 
     @model_validator(mode="after")
     def _check(self) -> Block:
-        needed = {
-            "text": ("text",),
-            "tool_use": ("id", "name", "input"),
-            "tool_result": ("tool_use_id",),
-            "thinking": ("thinking",),
-            "redacted_thinking": (),
-        }[self.type]
+        needed = _NEEDED[self.type]
         missing = next((name for name in needed if getattr(self, name) is None), None)
         if missing is not None:
             raise invalid(f"is required of a block of type {self.type}", field=missing)
+        others = self.model_fields_set & _MEMBERS - {*needed, *_OPTIONAL.get(self.type, ())}
+        if others:
+            raise invalid(f"does not belong to a block of type {self.type}", field=min(others))
         return self
 
 

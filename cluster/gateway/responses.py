@@ -69,7 +69,14 @@ PASSED_ON = (  # to the chat, under the same name
     "cache_salt",
 )
 LOGPROBS = "message.output_text.logprobs"
-_ITEMS = ("message", "function_call", "function_call_output", "reasoning")
+_NEEDED: dict[str, tuple[str, ...]] = {  # by an item's type
+    "message": ("role", "content"),
+    "function_call": ("call_id", "name", "arguments"),
+    "function_call_output": ("call_id", "output"),
+    "reasoning": (),
+}
+_OPTIONAL = {"function_call_output": ("name",), "reasoning": ("content", "summary")}
+_MEMBERS = {"role", "content", "summary", "call_id", "name", "arguments", "output"}
 _TEXT_OF_PART = {
     "input_text": "text",
     "output_text": "text",
@@ -93,8 +100,8 @@ TOOL_CHOICE_SCHEMA = {
 
 
 def _item_type(value: Any) -> Any:
-    if isinstance(value, str) and value not in _ITEMS:
-        hint = "send the item itself" if value == "item_reference" else f"there are {', '.join(_ITEMS)}"
+    if isinstance(value, str) and value not in _NEEDED:
+        hint = "send the item itself" if value == "item_reference" else f"there are {', '.join(_NEEDED)}"
         raise not_honoured(f"an item of type {value!r:.40} is not supported: {hint}")
     return value
 
@@ -170,15 +177,13 @@ class InputItem(RequestModel):
 
     @model_validator(mode="after")
     def _check(self) -> InputItem:
-        needed = {
-            "message": ("role", "content"),
-            "function_call": ("call_id", "name", "arguments"),
-            "function_call_output": ("call_id", "output"),
-            "reasoning": (),
-        }[self.type]
+        needed = _NEEDED[self.type]
         missing = next((name for name in needed if getattr(self, name) is None), None)
         if missing is not None:
             raise invalid(f"is required of an item of type {self.type}", field=missing)
+        others = self.model_fields_set & _MEMBERS - {*needed, *_OPTIONAL.get(self.type, ())}
+        if others:
+            raise invalid(f"does not belong to an item of type {self.type}", field=min(others))
         return self
 
     def as_listed(self, item_id: str) -> dict[str, Any]:

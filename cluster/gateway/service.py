@@ -150,8 +150,13 @@ class Gateway:
         try:
             with self.place(request) as place:
                 _, checked = await self._read(request, form, place)
-                async with asyncio.timeout(self._time_left(arrival)):
-                    texts, _ = await self._encode(checked, sys.maxsize)
+                place.begin()
+                try:
+                    async with asyncio.timeout(self._time_left(arrival)):
+                        texts, _ = await self._encode(checked, sys.maxsize)
+                except asyncio.CancelledError:
+                    place.check()
+                    raise
         except TimeoutError:
             raise self._too_late() from None
         except ClientDisconnect:

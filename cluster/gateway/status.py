@@ -108,13 +108,17 @@ def cluster_body(last: LastStatus, pool: WorkerPool, *, model: str, num_open: in
     """The JSON object of `GET /cluster`; times in seconds, sizes in bytes."""
     status = last.status
     age_s = None if status is None else max(0.0, time.time() - status.at_s)
-    problems = (last.problem or (None if status is None else status.problem), pool.problem)
+    is_stale = age_s is not None and age_s > STALE_S
+    told = None if status is None else status.problem
+    if is_stale and told is None:
+        told = "the controller has written no status lately: it, or the store, is away"
+    problems = (last.problem or told, pool.problem)
     return {
         "model": model,
         "cluster": (status.cluster or None) if status is not None else None,
         "at_s": None if status is None else status.at_s,
         "age_s": age_s,
-        "is_stale": age_s is not None and age_s > STALE_S,
+        "is_stale": is_stale,
         "epoch": (status.epoch or None) if status is not None else None,
         "problem": "; ".join(filter(None, problems)) or None,
         "num_layers": 0 if status is None else status.num_layers,

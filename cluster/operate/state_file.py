@@ -5,8 +5,10 @@ The lock is held as long as the supervisor lives, however it ends; the file hold
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -17,6 +19,9 @@ from cluster.files import LockedError, is_locked, locked, write_whole
 from cluster.protocol import Message
 from cluster.store.records import UNREADABLE
 
+logger = logging.getLogger(__name__)
+
+RETRY_S = 1.0
 DEFAULT_NAME = Settings.model_fields["cluster_name"].default
 SECRET_FOLDER = 0o700
 
@@ -35,6 +40,37 @@ class SupervisorState(Message, frozen=True):
     def __repr__(self) -> str:
         """What may be shown: not how to get at the store."""
         return f"SupervisorState(pid={self.pid}, run_id={self.run_id!r}, url={self.url!r}, children={self.children})"
+
+
+class KeptState:
+    """Keeps the file true: `write` after each change, on the event loop, and `close` at the end."""
+
+    def __init__(self, files: ClusterFiles, state: Callable[[], SupervisorState]) -> None:
+        self._files = files
+        self._state = state
+        self._is_written = False
+        self._retry: asyncio.TimerHandle | None = None
+
+    def write(self) -> None:
+        """Raises `OSError` the first time alone: later a full disk holds up nobody, and is tried again."""
+        try:
+            self._files.write(self._state())
+        except OSError as error:
+            if not self._is_written:
+                raise
+            if self._retry is None:
+                logger.error("%s cannot be written, which is tried again: %s", self._files.state, error)
+            self.close()
+            self._retry = asyncio.get_running_loop().call_later(RETRY_S, self.write)
+        else:
+            self._is_written = True
+            self.close()
+
+    def close(self) -> None:
+        """Try nothing more."""
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
 
 
 class ClusterFiles:

@@ -44,7 +44,7 @@ from cluster.operate.pulse import end_unanswering, end_without_beat
 from cluster.operate.ray_nodes import access, is_started, node_children, node_environment, tuned_variables
 from cluster.operate.redis_server import is_answering, redis_child
 from cluster.operate.show import announce_cluster
-from cluster.operate.state_file import ClusterFiles, SupervisorState
+from cluster.operate.state_file import ClusterFiles, KeptState, SupervisorState
 from cluster.serve import (
     EXIT_AT_ONCE,
     HTTP_STOP_TIMEOUT_S,
@@ -129,6 +129,7 @@ class _Supervisor:
         self._mark = {MARK: self._run_id}
         self._ray = ray_variables(os.environ)  # of the Ray that is joined
         self._store_url = settings.store or SecretStr("")
+        self._kept = KeptState(files, self._state)
 
     async def run(self, orders: int, started: float) -> int:
         """Until an order comes; raises `ForetokenError` where the cluster cannot be started."""
@@ -208,6 +209,7 @@ class _Supervisor:
         kill_workers(self._files)
         sweep(self._run_id, str(self._folder))
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._kept.close()
         self._files.remove()
 
     # ------------------------------------------------------------------------------------------------------ starting
@@ -296,21 +298,19 @@ class _Supervisor:
 
     def _add(self, *children: Child) -> None:
         for child in children:
-            child.on_change = self._write_state
+            child.on_change = self._kept.write
             self._children.append(child)
             child.start()
 
-    def _write_state(self) -> None:
-        self._files.write(
-            SupervisorState(
-                pid=os.getpid(),
-                run_id=self._run_id,
-                folder=str(self._folder),
-                url=self._url,
-                store=self._store_url.get_secret_value(),
-                drain_timeout_s=self._settings.drain_timeout_s,
-                children={child.name: pid for child in self._children if (pid := child.pid) is not None},
-            )
+    def _state(self) -> SupervisorState:
+        return SupervisorState(
+            pid=os.getpid(),
+            run_id=self._run_id,
+            folder=str(self._folder),
+            url=self._url,
+            store=self._store_url.get_secret_value(),
+            drain_timeout_s=self._settings.drain_timeout_s,
+            children={child.name: pid for child in self._children if (pid := child.pid) is not None},
         )
 
     async def _until(self, is_done: Callable[[], bool], deadline: float, what: str) -> None:

@@ -28,6 +28,7 @@ CLUSTER_ID_KEY = "cluster/id"  # -> which cluster it is, whatever others have it
 
 STALE_S = 5.0  # a status that is older is no news: its controller writes it anew several times within that
 MAX_EPOCH = 2**39  # an epoch is a part of orders' versions, which are 64-bit numbers
+MAX_STORED_EPOCH = 2**38  # no cluster lives to count so far; whoever leads next must have numbers left above it
 UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)  # what a decoder says to bytes of any kind
 
 T = TypeVar("T")
@@ -157,12 +158,12 @@ def decode_lead(value: bytes) -> Lead:
 
 def decode_epoch(value: bytes) -> int:
     """Raises one of `UNREADABLE`."""
-    return _check_epoch(int(value))
+    return _check_epoch(int(value), MAX_STORED_EPOCH)
 
 
-def _check_epoch(epoch: int) -> int:
-    if not 0 <= epoch <= MAX_EPOCH:
-        raise ValueError(f"an epoch is a number from 0 to {MAX_EPOCH}")
+def _check_epoch(epoch: int, highest: int = MAX_EPOCH) -> int:
+    if not 0 <= epoch <= highest:
+        raise ValueError(f"an epoch is a number from 0 to {highest}")
     return epoch
 
 

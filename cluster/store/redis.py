@@ -72,7 +72,7 @@ class RedisStore(AsyncClosing):
 
     async def get(self, key: str) -> Versioned | None:
         found = await self._run(scripts.GET, check_key(key), key)
-        return Versioned(found[1], int(found[0])) if found else None
+        return Versioned(found[1], _number(found[0])) if found else None
 
     async def entries(self, prefix: str) -> dict[str, Versioned]:
         return (await self.snapshot(prefix))[1]
@@ -85,7 +85,7 @@ class RedisStore(AsyncClosing):
         kind = "delete" if value is None else "put"
         ttl_ms = "" if ttl_s is None else round(ttl_s * 1000)
         version = await self._run(scripts.COMPARE_AND_SET, check_key(key), key, expected, kind, value or b"", ttl_ms)
-        return None if version is None else int(version)
+        return None if version is None else _number(version)
 
     async def renew(self, key: str, *, expected: int, ttl_s: float) -> bool:
         check_ttl(ttl_s)
@@ -112,7 +112,7 @@ class RedisStore(AsyncClosing):
     async def poll(self, room: str, after: int) -> Poll:
         version, wait_ms, entries = await self._run(scripts.POLL, room, after, PAGE)
         changes = [change for entry in entries if (change := _change(*entry)) is not None]
-        return Poll(int(version), changes, int(wait_ms) / 1000 if wait_ms else None)
+        return Poll(_number(version), changes, _number(wait_ms) / 1000 if wait_ms else None)
 
     async def snapshot(self, prefix: str) -> tuple[int, dict[str, Versioned]]:
         """What somebody else wrote there, under a key that is none of ours, is passed over, and told of once."""
@@ -125,7 +125,7 @@ class RedisStore(AsyncClosing):
                 if key not in self._told_of:
                     logger.warning("the store's %r cannot be read and is passed over: %s", key, error)
                     self._told_of.add(key)
-        return int(version), dict(sorted(found.items()))
+        return _number(version), dict(sorted(found.items()))
 
     async def wait_for_change(self, room: str, after: int, timeout_s: float) -> None:
         log = self._room_keys(room)[-1]
@@ -217,6 +217,19 @@ class _RedisSubscription(AsyncClosing):
         pubsub, self._pubsub = self._pubsub, None
         if pubsub is not None:
             await pubsub.aclose()
+
+
+def _number(found: bytes | int) -> int:
+    """A version or a time. With somebody else's value in its place the store is as good as away.
+
+    Raises `StoreUnavailableError`.
+    """
+    try:
+        return int(found)
+    except ValueError:
+        raise StoreUnavailableError(
+            f"the store has {found!r:.40} in the place of a number of ours: who wrote it?"
+        ) from None
 
 
 def _text(key: bytes) -> str:

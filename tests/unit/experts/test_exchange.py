@@ -26,6 +26,8 @@ from workers.experts.frame import FRAME_BYTES, TensorSpec
 
 DEADLINE_S = 30.0
 FOREVER_S = 3600.0
+START_S = 120.0  # of another process
+AT_ONCE_S = 10.0  # on a machine that has much else to do
 
 
 def run_echo(pipe: Connection) -> None:
@@ -53,7 +55,7 @@ class Echo:
         self.pipe, there = context.Pipe()
         self.process = context.Process(target=run_echo, args=(there,), daemon=True)
         self.process.start()
-        assert self.pipe.poll(DEADLINE_S)
+        assert self.pipe.poll(START_S)
         self.offer: LinkOffer = self.pipe.recv()
 
     def link(self) -> GlooLink:
@@ -79,9 +81,11 @@ def ask(link: GlooLink, deadline_s: float = DEADLINE_S) -> torch.Tensor:
     return link.recv([TensorSpec((3,))], deadline_s)[0]
 
 
-@pytest.mark.parametrize(("number", "bound_s"), [(signal.SIGKILL, 0.5), (signal.SIGSTOP, 2.0)], ids=["dead", "hung"])
+@pytest.mark.parametrize(
+    ("number", "deadline_s"), [(signal.SIGKILL, FOREVER_S), (signal.SIGSTOP, 1.0)], ids=["dead", "hung"]
+)
 def test_a_peer_that_dies_is_an_error_at_once_and_a_hung_one_at_the_deadline(
-    echo: Echo, number: signal.Signals, bound_s: float
+    echo: Echo, number: signal.Signals, deadline_s: float
 ) -> None:
     links = [echo.link(), echo.link()]
     for link in links:
@@ -90,8 +94,8 @@ def test_a_peer_that_dies_is_an_error_at_once_and_a_hung_one_at_the_deadline(
     for link in links:
         started = time.monotonic()
         with pytest.raises(PeerLostError, match=link.name):
-            ask(link, 1.0)
-        assert time.monotonic() - started < bound_s
+            ask(link, deadline_s)
+        assert time.monotonic() - started < AT_ONCE_S
         with pytest.raises(PeerLostError, match="is broken"):
             link.send([torch.ones(1)], 1.0)
 
@@ -100,7 +104,7 @@ def test_one_link_closed_leaves_the_others(echo: Echo) -> None:
     first, second = echo.link(), echo.link()
     ask(first)
     first.close()
-    assert echo.pipe.poll(DEADLINE_S / 3), "the peer still waits for what will never come"
+    assert echo.pipe.poll(AT_ONCE_S), "the peer still waits for what will never come"
     assert echo.pipe.recv() == first.name
     assert ask(second).tolist() == [0.0, 1.0, 2.0]
 
@@ -111,7 +115,7 @@ def test_a_server_that_is_gone_or_hangs_is_an_error_in_time(echo: Echo, number: 
     started = time.monotonic()
     with pytest.raises(PeerLostError, match="rendezvous"):
         LinkClient("127.0.0.1", 0.5).connect(echo.offer, "nobody")
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < AT_ONCE_S
 
 
 def test_tries_to_meet_a_server_that_hangs_leave_one_thread_and_it_is_met_once_it_goes_on(echo: Echo) -> None:
@@ -135,7 +139,7 @@ def test_tries_to_meet_a_server_that_hangs_leave_one_thread_and_it_is_met_once_i
 
 
 def test_a_peer_that_never_comes_holds_nobody_up() -> None:
-    server = LinkServer("127.0.0.1", 2.0)
+    server = LinkServer("127.0.0.1", AT_ONCE_S)
 
     def wait() -> None:
         with pytest.raises(PeerLostError):
@@ -150,8 +154,8 @@ def test_a_peer_that_never_comes_holds_nobody_up() -> None:
     there.close()
     started = time.monotonic()
     with pytest.raises(PeerLostError, match="rendezvous"):
-        server.accept("nobody else")
-    assert 1.5 < time.monotonic() - started < 5.0
+        LinkServer("127.0.0.1", 1.0).accept("nobody else")
+    assert 0.9 < time.monotonic() - started < AT_ONCE_S
 
 
 def open_pair(server: LinkServer, name: str = "p") -> tuple[GlooLink, GlooLink]:

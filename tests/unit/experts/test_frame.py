@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.experts.frame import FRAME_BYTES, HEAD, Room, TensorSpec, Unpacking
@@ -21,6 +21,7 @@ def received(frame: torch.Tensor) -> Unpacking:
     return room.unpack()
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(SHAPES, st.sampled_from(DTYPES)), min_size=1, max_size=8))
 def test_tensors_come_out_as_they_went_in_and_only_what_has_no_room_travels_by_itself(
     kinds: list[tuple[tuple[int, ...], torch.dtype]],

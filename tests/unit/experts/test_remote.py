@@ -26,6 +26,8 @@ from workers.experts.routed import RoutedExperts
 from workers.models.decoder import Decoder
 
 DEADLINE_S = 30.0
+START_S = 120.0  # of other processes
+AT_ONCE_S = 10.0  # on a machine that has much else to do
 ALL = tuple(range(8))
 EVEN, ODD = (0, 2, 4, 6), (1, 3, 5, 7)
 KINDS = [pytest.param("native", marks=pytest.mark.needs("compiler")), "blocks"]
@@ -65,13 +67,13 @@ class Workers:
             self.processes[name] = self._context.Process(target=run_worker, args=(there, ids, kind))
             self.processes[name].start()
         for name in held:
-            assert self._pipes[name].poll(DEADLINE_S)
+            assert self._pipes[name].poll(START_S)
             self._offers[name] = self._pipes[name].recv()
 
     def open_link(self, peer: Peer) -> GlooLink:
         link_id = uuid.uuid4().hex
         self._pipes[peer.worker_id].send(link_id)
-        return LinkClient("127.0.0.1", 5.0).connect(self._offers[peer.worker_id], link_id)
+        return LinkClient("127.0.0.1", DEADLINE_S).connect(self._offers[peer.worker_id], link_id)
 
     def signal(self, name: str, number: signal.Signals) -> None:
         pid = self.processes[name].pid
@@ -152,7 +154,7 @@ def test_killed_workers_change_nothing_with_a_replica_and_else_hold_the_step_up(
     workers.signal("a", signal.SIGKILL)
     started = time.monotonic()
     logits += run.step([(0, 1)])
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < AT_ONCE_S
     assert (experts.ready, experts.lost_peers) == (True, ("a",))
     workers.signal("c", signal.SIGKILL)
     for _ in range(2):
@@ -171,19 +173,19 @@ def test_killed_workers_change_nothing_with_a_replica_and_else_hold_the_step_up(
 def test_a_hung_worker_is_lost_at_the_deadline_and_its_replica_takes_over(workers: Workers) -> None:
     held = {"a": EVEN, "b": ODD, "c": EVEN}
     workers.start(held, "blocks")
-    experts = routed(workers, "blocks", timeout_s=0.5)
+    experts = routed(workers, "blocks", timeout_s=2.0)
     experts.set_route(make_route(1, TINY, held))
     run = driver(experts, "blocks")
     logits = run.step([(0, 30)])
     workers.signal("a", signal.SIGSTOP)
     started = time.monotonic()
     logits += run.step([(0, 1)])
-    assert 0.4 < time.monotonic() - started < 5.0
+    assert 1.9 < time.monotonic() - started < DEADLINE_S
     assert experts.lost_peers == ("a",)
     for _ in range(9):
         logits += run.step([(0, 1)])
     assert torch.equal(torch.cat(logits), local_logits("blocks"))
     started = time.monotonic()
     experts.set_route(make_route(2, TINY, held))  # it is tried again, and still hangs
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < DEADLINE_S
     assert (experts.ready, experts.lost_peers, experts.route_version) == (True, ("a",), 2)

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from cluster.protocol import Lead
-from cluster.store.records import MAX_EPOCH, ClusterStatus, Reader, decode_epoch, decode_lead
+from cluster.store.records import MAX_EPOCH, MAX_STORED_EPOCH, ClusterStatus, Reader, decode_epoch, decode_lead
 from tests.support.worker_records import RECORD
 
 GARBAGE = [b"", b"\xff\x00", b"{", b"[]", b"null", b'{"x":' + b"[" * 100_000, b"9" * 5000]
@@ -53,7 +53,15 @@ def test_an_epoch_out_of_range_is_none(epoch: int) -> None:
         decode_epoch(str(epoch).encode())
     with pytest.raises(ValueError, match="an epoch is a number from 0 to"):
         decode_lead(msgspec.json.encode(Lead(epoch=epoch, controller_id="x")))
-    assert decode_epoch(str(MAX_EPOCH).encode()) == MAX_EPOCH
+    assert decode_epoch(str(MAX_STORED_EPOCH).encode()) == MAX_STORED_EPOCH
+
+
+def test_whoever_leads_above_the_highest_stored_epoch_can_be_read() -> None:
+    """A number that somebody put there must not leave the next one with a lead that nobody understands."""
+    with pytest.raises(ValueError, match="an epoch is a number from 0 to"):
+        decode_epoch(b"%d" % (MAX_STORED_EPOCH + 1))
+    lead = Lead(epoch=MAX_STORED_EPOCH + 1, controller_id="x")
+    assert decode_lead(msgspec.json.encode(lead)) == lead
 
 
 def test_what_an_older_release_wrote_of_a_status_is_read() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 
@@ -167,6 +168,29 @@ async def _drop_connections(url: str) -> None:
     for kind in ("normal", "pubsub"):
         await redis.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
     await redis.aclose()
+
+
+@pytest.mark.parametrize("name", ["version", "values", "versions"])
+def test_a_room_that_somebody_else_damaged_is_as_if_the_store_were_away(server: RedisServer, name: str) -> None:
+    async def body(store: RedisStore) -> None:
+        version = await store.compare_and_set("r/a", b"1", expected=0) or 0
+        redis = Redis.from_url(server.url)
+        await redis.set(f"{{foretoken/r}}:{name}", b"no number of ours")
+        for call in (
+            lambda: store.compare_and_set("r/a", b"2", expected=version),
+            lambda: store.compare_and_set("r/b", b"2", expected=0),
+            lambda: store.entries("r/"),
+        ):
+            with pytest.raises(StoreUnavailableError):
+                await call()
+        with contextlib.suppress(StoreUnavailableError):  # one key can be read without its room's version
+            await store.get("r/a")
+        assert await store.compare_and_set("other/a", b"1", expected=0)
+        await redis.flushall()
+        await redis.aclose()
+        assert await store.compare_and_set("r/a", b"1", expected=0)
+
+    _run(body, server.url)
 
 
 def test_a_subscription_says_where_messages_may_be_missing(server: RedisServer) -> None:

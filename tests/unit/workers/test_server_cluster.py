@@ -103,6 +103,7 @@ async def cluster(checkpoint: Path, folder: Path, other: Path | None = None) -> 
                 announce_path=str(folder / f"{name}.json"),
                 exit_with_parent=False,
                 drain_timeout_s=DEADLINE_S,
+                peer_timeout_s=DEADLINE_S / 4,
             )
         )
 

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from cluster.config import load
 from cluster.errors import ConfigError
-from cluster.operate.state_file import ClusterFiles, SupervisorState, nothing_runs
+from cluster.operate.state_file import ClusterFiles, KeptState, SupervisorState, nothing_runs
 
 ROOT = Path(__file__).resolve().parents[4]
 DEADLINE_S = 20.0
@@ -82,3 +84,33 @@ def test_the_lock_ends_with_its_process(files: ClusterFiles) -> None:
             time.sleep(0.01)
         holder.kill()
     assert not files.is_held()
+
+
+def test_a_full_disk_holds_up_nobody_once_there_is_a_state(
+    files: ClusterFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    draft = files.state.with_suffix(".draft")  # a folder in its place: no draft can be written
+
+    async def body() -> None:
+        children = {"a": 1}
+        kept = KeptState(files, lambda: msgspec.structs.replace(STATE, children=dict(children)))
+        draft.mkdir()
+        with pytest.raises(OSError, match="draft"):
+            kept.write()
+        draft.rmdir()
+        kept.write()
+        draft.mkdir()
+        for pid in range(2, 5):
+            children["a"] = pid
+            kept.write()
+        assert files.read() == STATE
+        draft.rmdir()
+        async with asyncio.timeout(DEADLINE_S):
+            while files.read() == STATE:
+                await asyncio.sleep(0.01)
+        assert files.read() == msgspec.structs.replace(STATE, children={"a": 4})
+        kept.close()
+
+    with files.held():
+        asyncio.run(body())
+    assert caplog.text.count("cannot be written") == 1
