@@ -34,6 +34,8 @@ class Running:
                 env=clean_environment(home),
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                # A shell starts what runs in its background with SIGINT ignored, which children inherit.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
 
     @property
