@@ -10,7 +10,7 @@ from cluster.gateway.openai_tools import FunctionDefinition
 from cluster.gateway.parsing.call import CallScanner
 from cluster.gateway.parsing.json_text import WHITE_SPACE
 from cluster.gateway.parsing.lark import argument_rules, call_head, literal
-from cluster.gateway.parsing.markup import NewCallId, held_length, openai_call_id
+from cluster.gateway.parsing.markup import NewCallId, before_mark, openai_call_id
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -52,9 +52,7 @@ class HermesParser:
 
     def _text(self, deltas: list[Delta]) -> bool:
         """Go on in text; True where there is more to read in another place."""
-        at = self._pending.find(OPEN)
-        end = len(self._pending) - held_length(self._pending, OPEN) if at < 0 else at
-        cut = len(self._pending[:end].rstrip(WHITE_SPACE))
+        cut, at = before_mark(self._pending, OPEN)
         self._content(deltas, self._pending[:cut])
         if at < 0:
             self._pending = self._pending[cut:]

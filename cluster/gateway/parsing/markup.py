@@ -6,6 +6,8 @@ import secrets
 import string
 from collections.abc import Callable
 
+from cluster.gateway.parsing.json_text import WHITE_SPACE
+
 ALPHANUMERIC = string.ascii_letters + string.digits
 
 NewCallId = Callable[[], str]
@@ -26,3 +28,13 @@ def held_length(text: str, mark: str) -> int:
         if text.endswith(mark[:length]):
             return length
     return 0
+
+
+def before_mark(text: str, mark: str) -> tuple[int, int]:
+    """Where `text` can be handed on up to, and where `mark` begins (-1: nowhere).
+
+    White space before a mark belongs to it, and what could still become one is held back.
+    """
+    at = text.find(mark)
+    end = len(text) - held_length(text, mark) if at < 0 else at
+    return len(text[:end].rstrip(WHITE_SPACE)), at

@@ -15,7 +15,7 @@ from cluster.gateway.openai_tools import FunctionDefinition
 from cluster.gateway.parsing.call import CallScanner
 from cluster.gateway.parsing.json_text import WHITE_SPACE, JSONScanner
 from cluster.gateway.parsing.lark import argument_rules, call_head, literal
-from cluster.gateway.parsing.markup import NewCallId, held_length, mistral_call_id
+from cluster.gateway.parsing.markup import NewCallId, before_mark, mistral_call_id
 
 CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 
@@ -73,9 +73,7 @@ class MistralParser:
 
     def _text(self, deltas: list[Delta]) -> bool:
         """Go on in text; True where there is more to read in another place."""
-        at = self._pending.find(CALLS)
-        end = len(self._pending) - held_length(self._pending, CALLS) if at < 0 else at
-        cut = len(self._pending[:end].rstrip(WHITE_SPACE))
+        cut, at = before_mark(self._pending, CALLS)
         self._content(deltas, self._pending[:cut])
         if at < 0:
             self._pending = self._pending[cut:]

@@ -6,7 +6,7 @@ from enum import Enum
 
 from cluster.gateway.deltas import Delta, DeltaParser, Reasoning
 from cluster.gateway.parsing.json_text import WHITE_SPACE
-from cluster.gateway.parsing.markup import held_length
+from cluster.gateway.parsing.markup import before_mark
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -65,9 +65,7 @@ class ThinkParser:
             self._place = _Place.ANSWER
 
     def _thoughts(self, deltas: list[Delta]) -> None:
-        at = self._pending.find(CLOSE)
-        end = len(self._pending) - held_length(self._pending, CLOSE) if at < 0 else at
-        cut = len(self._pending[:end].rstrip(WHITE_SPACE))
+        cut, at = before_mark(self._pending, CLOSE)
         self._think(deltas, self._pending[:cut])
         if at < 0:
             self._pending = self._pending[cut:]
