@@ -46,24 +46,21 @@ class ShardProblem:
         return sum(map(len, self.load))
 
 
-def assign(
-    problem: ShardProblem, held: Sequence[Collection[Expert]], lost: Collection[Expert] | None = None
-) -> list[set[Expert]]:
+def assign(problem: ShardProblem, held: Sequence[Collection[Expert]]) -> list[set[Expert]]:
     """The experts of each worker; the sum of `slots` must not be below the number of experts.
 
-    `held`: what each worker has already. `lost`: what was on workers that are gone; None: none is gone. Where a worker
-    is gone or an expert has no copy, what is missing is placed and nothing else moves; a later call balances. That
-    moves only where the cost is more than `slack` above that of an assignment from nothing, and takes, of several
-    ways to get there, the one with the fewest moves.
+    `held`: what each worker has already. Where an expert has no copy, what is missing is placed and nothing
+    else moves; a later call balances. That moves only where the cost is more than `slack` above that of an assignment
+    from nothing, and takes, of several ways to get there, the one with the fewest moves.
     """
     assert sum(problem.slots) >= problem.num_experts
     if not any(held):
         return _from_nothing(problem).by_worker()
     kept = _Shards(problem, held)
     missing = {expert for expert, holders in kept.holders.items() if not holders}
-    if lost is not None or missing:
+    if missing:
         kept.restore_missing()
-        kept.add_replicas(sorted((set(lost or ()) | missing) & kept.holders.keys()))
+        kept.add_replicas(sorted(missing))
         return kept.by_worker()
     kept.add_replicas()
     fresh = _from_nothing(problem)

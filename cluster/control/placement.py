@@ -1,24 +1,21 @@
-"""Which worker runs where, and which experts it holds: one pure function from what there is and what is wanted.
+"""Which worker runs where, and with how much memory: one pure function from what there is and what is wanted.
 
 Workers are kept where they are while their device is there and has room. A new one goes to the failure domain with
-the fewest workers of its role, there to the device with the fewest workers, and then to the best linked and emptiest.
-Experts are then shared out by `cluster.control.balance`.
+the fewest workers of its role, there to the device with the fewest workers, and then to the emptiest. Which experts
+the workers hold is not said here: `cluster.control.shards` decides that, by who lives and what each has already.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Literal, NamedTuple
 
-from cluster.control.balance import Expert, ShardProblem, assign
 from cluster.control.topology import Topology
 from cluster.errors import InvalidValueError, PlacementError
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,6 @@ class PlacedWorker:
     device_id: str
     memory_bytes: int
     kv_bytes: int = 0
-    experts: frozenset[Expert] = frozenset()
 
     @property
     def id(self) -> str:
@@ -88,33 +84,13 @@ class Placement:
     def of_role(self, role: Literal["attention", "expert"]) -> tuple[PlacedWorker, ...]:
         return tuple(worker for worker in self.workers if worker.role == role)
 
-    def holders(self, expert: Expert) -> tuple[PlacedWorker, ...]:
-        return tuple(worker for worker in self.workers if expert in worker.experts)
-
-    def moves_from(self, current: Placement | None) -> tuple[tuple[str, Expert], ...]:
-        """What must be loaded: (worker's id, expert) that the worker does not hold in `current`, in order."""
-        before = {(worker.id, worker.place): worker.experts for worker in current.workers} if current else {}
-        return tuple(
-            (worker.id, expert)
-            for worker in self.workers
-            for expert in sorted(worker.experts - before.get((worker.id, worker.place), frozenset()))
-        )
-
-    def __str__(self) -> str:
-        lines = [f"{'worker':<14} {'node':<20} {'device':<8} {'memory GiB':>10} {'KV GiB':>8}  experts by layer"]
-        for worker in self.workers:
-            sizes = f"{worker.memory_bytes / GIB:>10.2f} {worker.kv_bytes / GIB:>8.2f}"
-            place = f"{worker.id:<14} {worker.node_id:<20} {worker.device_id:<8}"
-            lines.append(f"{place} {sizes}  {_by_layer(worker.experts)}".rstrip())
-        return "\n".join(lines)
-
 
 def place(topology: Topology, demand: Demand, current: Placement | None = None) -> Placement:
-    """Where `demand` runs on `topology`, with as few moves from `current` as that allows. Deterministic.
+    """Where `demand` runs on `topology`; workers of `current` stay where they fit. Deterministic.
 
-    Every expert lies on at least one worker, copies of one lie in different failure domains, and no device's memory
-    is exceeded. When workers of `current` are gone, only what they held moves; balance is restored by a later call.
-    (Where a lost attention worker finds room in no other way, an expert worker gives way to it.)
+    The expert workers have room for every expert, and no device's memory is exceeded. When workers of `current` are
+    gone, the others keep what they have. (Where a lost attention worker finds room in no other way, an expert worker
+    gives way to it.)
     Raises `PlacementError` naming what does not fit.
     """
     error: PlacementError | None = None
@@ -152,32 +128,18 @@ def _place(topology: Topology, demand: Demand, current: Placement, effort: _Effo
     else:
         attention += _new_attention(floor, demand, current, attention)
         experts = _kept_experts(floor, demand, current)
-    experts += _new_experts(floor, demand, current, experts, attention)
+    experts += _new_experts(floor, demand, current, experts)
     experts = _grow_to_fit(floor, demand, experts)
     keep = [worker.id for worker in current.workers] if effort.keep_kv else []
     attention = sorted(floor.share_out_kv(attention, keep), key=lambda worker: worker.index)
     experts.sort(key=lambda worker: worker.index)
-
-    sizes = {(worker.id, worker.place): worker.memory_bytes for worker in experts}
-    lost = [w for w in current.of_role("expert") if sizes.get((w.id, w.place), -1) < w.memory_bytes]  # gone or shrunk
-    problem = ShardProblem(
-        demand.load,
-        [worker.memory_bytes // demand.expert_bytes for worker in experts],
-        [floor.domains[worker.node_id] for worker in experts],
-        demand.max_copies,
-        demand.slack,
-    )
-    missing = frozenset[Expert]().union(*(worker.experts for worker in lost)) if lost else None
-    held = assign(problem, [worker.experts for worker in experts], missing)
-    placed = [replace(worker, experts=frozenset(has)) for worker, has in zip(experts, held, strict=True)]
-    return Placement((*attention, *placed))
+    return Placement((*attention, *experts))
 
 
 class _Floor:
     """The room that is left on each device while workers are put on it."""
 
     def __init__(self, topology: Topology, *, spread: bool) -> None:
-        self.topology = topology
         self.spread = spread
         self.domains = {node.id: node.failure_domain for node in topology.nodes}
         self.room = {(n.id, device.id): device.memory_bytes for n in topology.nodes for device in n.compute_devices}
@@ -188,14 +150,13 @@ class _Floor:
         self.num_workers[place] += 1
 
     def best_device(
-        self, room: dict[tuple[str, str], int], least_bytes: int, peers: Sequence[str], near: Sequence[str]
+        self, room: dict[tuple[str, str], int], least_bytes: int, peers: Sequence[str]
     ) -> tuple[str, str] | None:
-        """A device with `room` for `least_bytes`, away from the nodes of `peers` and well linked to those `near`."""
+        """A device with `room` for `least_bytes`, away from the nodes of `peers`."""
         in_domain = Counter(self.domains[node_id] for node_id in peers)
 
         def order(place: tuple[str, str]) -> tuple[float, ...]:
-            slowest = min((self.topology.bytes_per_s(place[0], node_id) for node_id in near), default=0.0)
-            return (in_domain[self.domains[place[0]]], self.num_workers[place], -slowest) if self.spread else ()
+            return (in_domain[self.domains[place[0]]], self.num_workers[place]) if self.spread else ()
 
         fit = [place for place, free in room.items() if free >= least_bytes]
         return min(fit, key=lambda place: (*order(place), -room[place], place), default=None)
@@ -236,7 +197,7 @@ def _new_attention(
     workers: list[PlacedWorker] = []
     indices = _unused_indices(current, "attention")
     while (num := len(kept) + len(workers)) < demand.num_attention_workers:
-        place = floor.best_device(floor.room, need, [worker.node_id for worker in (*kept, *workers)], ())
+        place = floor.best_device(floor.room, need, [worker.node_id for worker in (*kept, *workers)])
         if place is None:
             freest = max(floor.room.items(), key=lambda item: item[1], default=None)
             where = f"the freest device, {'/'.join(freest[0])}, has {freest[1]}" if freest else "there is no device"
@@ -261,20 +222,13 @@ def _kept_experts(floor: _Floor, demand: Demand, current: Placement) -> list[Pla
     return workers
 
 
-def _new_experts(
-    floor: _Floor,
-    demand: Demand,
-    current: Placement,
-    kept: Sequence[PlacedWorker],
-    attention: Sequence[PlacedWorker],
-) -> list[PlacedWorker]:
+def _new_experts(floor: _Floor, demand: Demand, current: Placement, kept: Sequence[PlacedWorker]) -> list[PlacedWorker]:
     """As many as are asked for and find room; those on one device share what is left on it."""
     new: list[tuple[str, str]] = []
-    near = [worker.node_id for worker in attention]
     while len(kept) + len(new) < demand.num_expert_workers:
         shares = {place: room // (new.count(place) + 1) for place, room in floor.room.items()}
         peers = [worker.node_id for worker in kept] + [node_id for node_id, _ in new]
-        place = floor.best_device(shares, demand.expert_bytes, peers, near)
+        place = floor.best_device(shares, demand.expert_bytes, peers)
         if place is None:
             break
         floor.take(place, 0)
@@ -313,17 +267,3 @@ def _grow_to_fit(floor: _Floor, demand: Demand, workers: list[PlacedWorker]) -> 
 def _unused_indices(current: Placement, role: Literal["attention", "expert"]) -> Iterator[int]:
     used = {worker.index for worker in current.of_role(role)}
     return (index for index in count() if index not in used)
-
-
-def _by_layer(experts: Iterable[Expert]) -> str:
-    """``0: 0-3,7; 1: 2`` for the experts 0 to 3 and 7 of layer 0 and expert 2 of layer 1."""
-    runs: dict[int, list[list[int]]] = {}
-    for layer, index in sorted(experts):
-        of_layer = runs.setdefault(layer, [])
-        if of_layer and of_layer[-1][1] == index - 1:
-            of_layer[-1][1] = index
-        else:
-            of_layer.append([index, index])
-    return "; ".join(
-        f"{layer}: " + ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in found) for layer, found in runs.items()
-    )

@@ -129,7 +129,7 @@ class Decision:
 
 
 def placement_of(records: Iterable[WorkerRecord]) -> Placement:
-    """The placement that the workers there are stand for; experts left out."""
+    """The placement that the workers there are stand for."""
     workers = [
         PlacedWorker(
             record.role,

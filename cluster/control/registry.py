@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 import msgspec
 
@@ -21,10 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class StoredPlacement(msgspec.Struct, frozen=True):
-    """`PLACEMENT_KEY`: nodes as they were before workers ran on them, and workers without their experts.
-
-    Which experts those are, workers report.
-    """
+    """`PLACEMENT_KEY`: nodes as they were before workers ran on them, and workers. Their experts they report."""
 
     nodes: tuple[Node, ...]
     workers: tuple[PlacedWorker, ...]
@@ -35,8 +31,7 @@ _decode_placement = msgspec.json.Decoder(StoredPlacement).decode
 
 
 def encode_placement(placement: Placement, nodes: Iterable[Node]) -> bytes:
-    workers = tuple(replace(worker, experts=frozenset()) for worker in placement.workers)
-    return _encode(StoredPlacement(tuple(nodes), workers))
+    return _encode(StoredPlacement(tuple(nodes), placement.workers))
 
 
 def decode_placement(value: bytes) -> tuple[Placement, Topology]:

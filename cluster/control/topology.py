@@ -1,4 +1,4 @@
-"""What there is to place workers on: nodes, their devices and memory, the links between them. Values only."""
+"""What there is to place workers on: nodes, their devices and memory. Values only."""
 
 from __future__ import annotations
 
@@ -45,40 +45,18 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Link:
-    """The way between two nodes, the same in both directions."""
-
-    nodes: tuple[str, str]
-    bytes_per_s: float
-
-
-@dataclass(frozen=True)
 class Topology:
-    """Raises `InvalidValueError` for names used twice, sizes below zero, and links between unknown nodes."""
+    """Raises `InvalidValueError` for names used twice and sizes below zero."""
 
     nodes: tuple[Node, ...]
-    links: tuple[Link, ...] = ()
 
     def __post_init__(self) -> None:
         _no_twins("node", [node.id for node in self.nodes])
-        _no_twins("link", [tuple(sorted(link.nodes)) for link in self.links])
         for node in self.nodes:
             _no_twins(f"device of node {node.id}", [device.id for device in node.devices])
             for what, size in [("host", node.host_memory_bytes), *((d.id, d.memory_bytes) for d in node.devices)]:
                 if size < 0:
                     raise InvalidValueError(f"node {node.id}: {what} memory is {size} bytes", param="memory_bytes")
-        known = {node.id for node in self.nodes}
-        for link in self.links:
-            if len(set(link.nodes) & known) != 2:
-                raise InvalidValueError(f"a link joins two different known nodes, not {link.nodes}", param="links")
-            if not link.bytes_per_s > 0:
-                raise InvalidValueError(f"the link {link.nodes} carries {link.bytes_per_s} bytes/s", param="links")
-
-    def bytes_per_s(self, one: str, other: str) -> float:
-        """Between two nodes: infinite within a node, 0 where no link is known."""
-        if one == other:
-            return float("inf")
-        return next((link.bytes_per_s for link in self.links if set(link.nodes) == {one, other}), 0.0)
 
 
 def local_topology(num_nodes: int = 1, machine: Machine | None = None) -> Topology:
@@ -96,7 +74,7 @@ def local_topology(num_nodes: int = 1, machine: Machine | None = None) -> Topolo
     return Topology(tuple(Node(name, name, memory_bytes, devices, machine.num_usable_cores, host) for name in names))
 
 
-def _no_twins(what: str, names: Sequence[object]) -> None:
+def _no_twins(what: str, names: Sequence[str]) -> None:
     twins = {name for name in names if names.count(name) > 1}
     if twins:
-        raise InvalidValueError(f"more than one {what} is called {min(map(str, twins))}", param="nodes")
+        raise InvalidValueError(f"more than one {what} is called {min(twins)}", param="nodes")

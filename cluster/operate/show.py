@@ -10,7 +10,6 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.config import Settings
-from cluster.control.placement import GIB
 from cluster.operate.state_file import ClusterFiles, SupervisorState
 from cluster.serve import curl_line, needs_key
 from cluster.store.records import STALE_S, ClusterStatus, WorkerStatus
@@ -44,7 +43,7 @@ def node_rows(status: ClusterStatus) -> list[tuple[str, ...]]:
     for node in status.nodes:
         names = ", ".join(worker.name for worker in status.workers if worker.node_id == node.node_id)
         state = "up" if node.is_alive else "gone"
-        rows.append((node.node_id, state, f"{node.memory_bytes / GIB:.1f} GiB", ", ".join(node.devices), names))
+        rows.append((node.node_id, state, f"{node.memory_bytes / 2**30:.1f} GiB", ", ".join(node.devices), names))
     return rows
 
 

@@ -110,6 +110,10 @@ def _optimum(
 def _check(problem: ShardProblem, held: Sequence[set[Expert]]) -> None:
     assert all(len(experts) <= slots for experts, slots in zip(held, problem.slots, strict=True))
     assert set().union(*held) == set(problem.experts)
+    for expert in problem.experts:
+        domains = [domain for experts, domain in zip(held, problem.domains, strict=True) if expert in experts]
+        assert 1 <= len(domains) <= problem.max_copies
+        assert len(set(domains)) == len(domains)
 
 
 def _num_copies(problem: ShardProblem, held: Sequence[set[Expert]]) -> dict[Expert, int]:
@@ -131,15 +135,16 @@ def test_the_cost_is_near_the_least_there_is(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(24))
 def test_a_repair_takes_the_fewest_moves_there_are(seed: int) -> None:
-    """The last worker is lost: no other way to as many copies of each expert has fewer moves."""
+    """The last worker is lost, and nobody has what it had: no other way to as many copies has fewer moves."""
     whole = _problem(seed)
     before = assign(whole, [()] * len(whole.slots))
-    held, lost = before[:-1], before[-1]
+    lost = before[-1]
+    held = [experts - lost for experts in before[:-1]]
     slots = [num + len(lost) // 2 + 1 for num in whole.slots[:-1]]
     problem = ShardProblem(whole.load, slots, whole.domains[:-1], whole.max_copies, whole.slack)
     if sum(slots) < problem.num_experts:
         slots[0] += problem.num_experts
-    after = assign(problem, held, lost)
+    after = assign(problem, held)
     _check(problem, after)
     assert num_moves(held, after) == round(_optimum(problem, held=held, num_copies=_num_copies(problem, after)))
 
@@ -184,10 +189,44 @@ def test_layers_are_balanced_each_by_itself() -> None:
 def test_a_cold_replica_gives_way_to_an_expert_without_a_copy() -> None:
     problem = ShardProblem([[3.0, 2.0, 1.0]], [2, 2], ["a", "b"], 2, 0.0)
     held = [{Expert(0, 0), Expert(0, 1)}, {Expert(0, 0), Expert(0, 1)}]
-    after = assign(problem, held, lost={Expert(0, 2)})
+    after = assign(problem, held)
     _check(problem, after)
     assert num_moves(held, after) == 1
     assert sum(Expert(0, 0) in experts for experts in after) == 2
+
+
+def test_a_new_worker_takes_a_share() -> None:
+    before = ShardProblem([[3.0, 2.0, 2.0, 2.0]], [4, 4], ["a", "b"], 1, 0.0)
+    held = assign(before, [(), ()])
+    problem = ShardProblem(before.load, [4, 4, 4], ["a", "b", "c"], 1, 0.0)
+    after = assign(problem, [*held, set()])
+    _check(problem, after)
+    assert num_moves([*held, set()], after) == len(after[2]) == 1  # 3+2 and 2+2 before, then 3 and 2+2 and 2
+
+
+def test_without_slots_for_all_twice_the_hottest_experts_have_replicas() -> None:
+    problem = ShardProblem([[4.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 5.0]], [5, 5], ["a", "b"], 2, 0.1)
+    held = assign(problem, [(), ()])
+    _check(problem, held)
+    assert {expert for expert, num in _num_copies(problem, held).items() if num == 2} == {Expert(0, 0), Expert(1, 3)}
+
+
+def test_copies_never_share_a_failure_domain() -> None:
+    problem = ShardProblem([[4.0, 1.0, 1.0, 1.0]], [4, 4, 4], ["a", "rack", "rack"], 3, 0.1)
+    held = assign(problem, [(), (), ()])
+    _check(problem, held)
+    assert max(_num_copies(problem, held).values()) == 2
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_changes_it_settles(seed: int) -> None:
+    """Other loads, slots and domains: the second assignment may repair, the third balance; then nothing moves."""
+    before, problem = _problem(seed), _problem(500 + seed, slack=(0.0, 0.1, 1.0)[seed % 3])
+    held = [*assign(before, [()] * len(before.slots)), set(), set()][: len(problem.slots)]
+    for _ in range(2):
+        held = assign(problem, held)
+        _check(problem, held)
+    assert assign(problem, held) == held
 
 
 def test_a_large_model_is_placed_in_seconds_near_its_lower_bound() -> None:

@@ -53,7 +53,7 @@ def test_workers_are_started_led_and_told_what_to_hold_and_where_experts_are() -
 
 def test_a_workers_launch_says_its_place_and_its_part_of_the_machine() -> None:
     async def body() -> None:
-        async with running(orphan_timeout_s=27, peer_timeout_s=3, reroute_timeout_s=5) as cluster:
+        async with running(orphan_timeout_s=27, peer_timeout_s=3, reroute_timeout_s=50) as cluster:
             await cluster.until(cluster.is_well)
             launches = {launch.name: launch for launch in cluster.launcher.launches}
             attention = launches["attention-0"]
@@ -63,7 +63,7 @@ def test_a_workers_launch_says_its_place_and_its_part_of_the_machine() -> None:
             assert all(launch.num_threads == 1 for launch in launches.values())  # 4 cores, 3 workers
             assert all(launch.token == TOKEN and not launch.exit_with_parent for launch in launches.values())
             times = (attention.orphan_timeout_s, attention.peer_timeout_s, attention.reroute_timeout_s)
-            assert times == (27, 3, 5)
+            assert times == (27, 3, 50)
 
     run(body)
 
@@ -77,7 +77,9 @@ def test_its_loop_shows_that_it_goes_round_however_long_a_lease_is() -> None:
             num_beats += 1
 
         launcher = ControlledLauncher(nodes(), token=TOKEN)
-        cluster = LedCluster(FaultyStore(), launcher, beat=beat, lease_s=600.0, orphan_timeout_s=9000.0)
+        cluster = LedCluster(
+            FaultyStore(), launcher, beat=beat, lease_s=600.0, orphan_timeout_s=9000.0, reroute_timeout_s=4220.0
+        )
         await cluster.until(cluster.is_well)
         before = num_beats
         await cluster.until(lambda: num_beats > before + 4)

@@ -8,6 +8,7 @@ import pytest
 from cluster.control.last_known import NAME, Known, open_last_known
 from cluster.errors import ConfigError
 from cluster.protocol import Lead
+from tests.support.full_disk import full_disk
 from tests.support.worker_records import RECORD
 
 KNOWN = Known(Lead(epoch=3, controller_id="x"), {"expert-0": RECORD}, msgspec.Raw(b'{"nodes":[]}'))
@@ -51,7 +52,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_a_disk_that_takes_nothing_is_no_fault(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with open_last_known(tmp_path) as known:
-        (tmp_path / NAME).with_suffix(".draft").mkdir()
-        known.write(KNOWN)
+        with full_disk():
+            known.write(KNOWN)
         assert known.read() is None
     assert "cannot be written" in caplog.text

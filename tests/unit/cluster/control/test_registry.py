@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 
 import msgspec
 import pytest
 
-from cluster.control.balance import Expert
 from cluster.control.placement import PlacedWorker, Placement
 from cluster.control.pod_launcher import PodLauncher
 from cluster.control.registry import Registry, decode_placement, encode_placement
@@ -39,12 +37,6 @@ def _run(body: Callable[[], Awaitable[None]]) -> None:
 
 def test_a_placement_survives_the_store() -> None:
     assert decode_placement(encode_placement(PLACEMENT, [NODE])) == (PLACEMENT, Topology((NODE,)))
-
-
-def test_a_stored_placement_has_no_experts() -> None:
-    with_experts = Placement((replace(PLACEMENT.workers[1], experts=frozenset({Expert(0, 1)})),))
-    placement, _ = decode_placement(encode_placement(with_experts, [NODE]))
-    assert placement == Placement(PLACEMENT.workers[1:])
 
 
 def test_a_stored_placement_that_fits_on_no_machine_cannot_be_read() -> None:

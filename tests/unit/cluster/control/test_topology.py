@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.control.topology import Device, Link, Node, Topology, local_topology
+from cluster.control.topology import Device, Node, Topology, local_topology
 from cluster.errors import InvalidValueError
 from cluster.machine import Machine
 
@@ -41,13 +41,6 @@ def test_workers_are_placed_on_gpus_where_there_are_any() -> None:
     assert _node("a").compute_devices == (CPU,)
 
 
-def test_links_hold_in_both_directions_and_within_a_node_nothing_is_carried() -> None:
-    topology = Topology((_node("a"), _node("b"), _node("c")), (Link(("a", "b"), 1e9),))
-    assert topology.bytes_per_s("a", "b") == topology.bytes_per_s("b", "a") == 1e9
-    assert topology.bytes_per_s("a", "a") == float("inf")
-    assert topology.bytes_per_s("a", "c") == 0.0
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -55,13 +48,6 @@ def test_links_hold_in_both_directions_and_within_a_node_nothing_is_carried() ->
         (lambda: Topology((_node("a", CPU, CPU),)), "more than one device of node a is called cpu"),
         (lambda: Topology((_node("a", host_memory_bytes=-1),)), "node a: host memory is -1 bytes"),
         (lambda: Topology((_node("a", Device("cpu", "cpu", -1)),)), "node a: cpu memory is -1 bytes"),
-        (lambda: Topology((_node("a"),), (Link(("a", "b"), 1.0),)), "two different known nodes"),
-        (lambda: Topology((_node("a"),), (Link(("a", "a"), 1.0),)), "two different known nodes"),
-        (lambda: Topology((_node("a"), _node("b")), (Link(("a", "b"), 0.0),)), "carries 0.0 bytes/s"),
-        (
-            lambda: Topology((_node("a"), _node("b")), (Link(("a", "b"), 1.0), Link(("b", "a"), 2.0))),
-            "more than one link",
-        ),
         (lambda: local_topology(0, MACHINE), "num_nodes must be at least 1"),
     ],
 )
