@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +19,15 @@ class LockedError(Exception):
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Whoever reads `path`, its user alone, finds what was there before or all of `data`. Raises `OSError`."""
-    draft = path.with_suffix(".draft")
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE), "wb") as file:
-        file.write(data)
-    draft.replace(path)
+    """Whoever reads `path`, its user alone, finds all that one writer wrote, however many write. Raises `OSError`."""
+    file, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # one of our own, with mode `PRIVATE`
+    try:
+        with os.fdopen(file, "wb") as stream:
+            stream.write(data)
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
+        raise
 
 
 @contextlib.contextmanager

@@ -31,6 +31,35 @@ def test_a_file_is_replaced_whole_and_is_its_users_alone(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_many_writers_leave_what_one_of_them_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    values = [bytes([i]) * 100_000 for i in range(8)]
+    found: set[bytes] = set()
+    begin = threading.Barrier(len(values))
+
+    def write(value: bytes) -> None:
+        begin.wait(DEADLINE_S)
+        for _ in range(20):
+            write_whole(path, value)
+            found.add(path.read_bytes())
+
+    threads = [threading.Thread(target=write, args=(value,)) for value in values]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert path.read_bytes() in found <= set(values)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    path.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_whole(path, b"data")
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_lock_is_one_processes_and_ends_with_it(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     assert not is_locked(path)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import msgspec
@@ -12,6 +11,8 @@ import pytest
 from cluster.config import load
 from cluster.errors import ConfigError
 from cluster.operate.state_file import ClusterFiles, KeptState, SupervisorState, nothing_runs
+from tests.support.eventually import eventually, wait_until
+from tests.support.full_disk import full_disk
 
 ROOT = Path(__file__).resolve().parents[4]
 DEADLINE_S = 20.0
@@ -78,10 +79,7 @@ def test_where_none_of_a_name_runs_the_others_are_named(files: ClusterFiles, tmp
 
 def test_the_lock_ends_with_its_process(files: ClusterFiles) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(files.lock.parents[2])], cwd=ROOT) as holder:
-        deadline = time.monotonic() + DEADLINE_S
-        while not files.is_held():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(files.is_held)
         holder.kill()
     assert not files.is_held()
 
@@ -89,25 +87,18 @@ def test_the_lock_ends_with_its_process(files: ClusterFiles) -> None:
 def test_a_full_disk_holds_up_nobody_once_there_is_a_state(
     files: ClusterFiles, caplog: pytest.LogCaptureFixture
 ) -> None:
-    draft = files.state.with_suffix(".draft")  # a folder in its place: no draft can be written
-
     async def body() -> None:
         children = {"a": 1}
         kept = KeptState(files, lambda: msgspec.structs.replace(STATE, children=dict(children)))
-        draft.mkdir()
-        with pytest.raises(OSError, match="draft"):
+        with full_disk(), pytest.raises(OSError, match="No space left"):
             kept.write()
-        draft.rmdir()
         kept.write()
-        draft.mkdir()
-        for pid in range(2, 5):
-            children["a"] = pid
-            kept.write()
-        assert files.read() == STATE
-        draft.rmdir()
-        async with asyncio.timeout(DEADLINE_S):
-            while files.read() == STATE:
-                await asyncio.sleep(0.01)
+        with full_disk():
+            for pid in range(2, 5):
+                children["a"] = pid
+                kept.write()
+            assert files.read() == STATE
+        await eventually(lambda: files.read() != STATE)
         assert files.read() == msgspec.structs.replace(STATE, children={"a": 4})
         kept.close()
 
