@@ -6,9 +6,6 @@ unless it is renewed it is deleted when the lease ends, and watchers see that as
 
 Watching: a `Watch` first gives a `Snapshot` of its prefix, then each later change once and in order. A watcher that
 fell further behind than the store's log, or that lost the store, goes on with a new `Snapshot` that says so.
-
-Messages (`publish`, `subscribe`) are not kept: only who is subscribed at the time gets them, and `Published.gap` says
-where some may be missing.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ MAX_VALUE_BYTES = 2**20
 MAX_TTL_S = 7 * 24 * 3600.0
 LOG_LENGTH = 256  # changes of a room that a watcher may be behind before it needs a new snapshot
 POLL_S = 0.25  # a watch looks for ended leases at least this often
-FIRST_RETRY_S, LAST_RETRY_S = 0.02, 0.5  # pauses of a watch or subscription whose store is gone
+FIRST_RETRY_S, LAST_RETRY_S = 0.02, 0.5  # pauses of a watch whose store is gone
 
 _KEY = re.compile(r"([A-Za-z0-9_.-]+)/[!-~]*")  # printable ASCII without spaces
 
@@ -67,28 +64,6 @@ Change = Put | Deleted
 Event = Snapshot | Change
 
 
-@dataclass(frozen=True)
-class Published:
-    payload: bytes
-    gap: bool = False  # messages before this one may be missing
-
-
-class Subscription(Protocol):
-    """The messages of one channel from `subscribe` on. Close it, or use it in ``async with``."""
-
-    async def next(self, timeout_s: float) -> Published | None:
-        """The next message, or None when there was none for `timeout_s`.
-
-        Raises `StoreUnavailableError` where the store was out of reach until then; the next call tries again.
-        """
-
-    async def close(self) -> None: ...
-
-    async def __aenter__(self) -> Self: ...
-
-    async def __aexit__(self, *raised: object) -> None: ...
-
-
 class Store(Protocol):
     """Every call ends within the store's deadline or raises `StoreUnavailableError`; afterwards it may be used on.
 
@@ -113,12 +88,6 @@ class Store(Protocol):
         """Let the lease end `ttl_s` from now; no event and no new version. False: gone, or of another version."""
 
     def watch(self, prefix: str) -> Watch: ...
-
-    async def publish(self, channel: str, payload: bytes) -> None: ...
-
-    async def subscribe(self, channel: str) -> Subscription:
-        """Messages published after this returns are received."""
-
     async def close(self) -> None: ...
 
 
@@ -142,9 +111,11 @@ def check_key(key: str) -> str:
     return room
 
 
-def check_value(value: bytes | None, name: str = "value") -> None:
+def check_value(value: bytes | None) -> None:
     if value is not None and len(value) > MAX_VALUE_BYTES:
-        raise InvalidValueError(f"the store's {name} has {len(value)} bytes; at most {MAX_VALUE_BYTES} fit", param=name)
+        raise InvalidValueError(
+            f"the store's value has {len(value)} bytes; at most {MAX_VALUE_BYTES} fit", param="value"
+        )
 
 
 def check_ttl(ttl_s: float | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from cluster.store.base import (
     Change,
     Deleted,
     Poll,
-    Published,
     Put,
     Versioned,
     Watch,
@@ -25,8 +23,6 @@ from cluster.store.base import (
     check_value,
     room_of,
 )
-
-MAX_QUEUED_MESSAGES = 1024  # of one subscription, before its oldest are dropped
 
 
 @dataclass
@@ -69,7 +65,6 @@ class MemoryStore(AsyncClosing):
         self._clock = clock
         self._log_length = log_length
         self._rooms: dict[str, _Room] = {}
-        self._subscriptions: dict[str, weakref.WeakSet[_MemorySubscription]] = {}
 
     def _room(self, name: str) -> _Room:
         """The room without what has expired until now."""
@@ -119,18 +114,6 @@ class MemoryStore(AsyncClosing):
     def watch(self, prefix: str) -> Watch:
         return Watch(self, prefix)
 
-    async def publish(self, channel: str, payload: bytes) -> None:
-        check_key(channel)
-        check_value(payload, "payload")
-        for subscription in self._subscriptions.get(channel, ()):
-            subscription.put(payload)
-
-    async def subscribe(self, channel: str) -> _MemorySubscription:
-        check_key(channel)
-        subscription = _MemorySubscription(self._subscriptions, channel)
-        self._subscriptions.setdefault(channel, weakref.WeakSet()).add(subscription)
-        return subscription
-
     async def close(self) -> None:
         """Nothing is held open; what is stored stays until the store is let go."""
 
@@ -152,36 +135,3 @@ class MemoryStore(AsyncClosing):
                 await seen.changed.wait()
         except TimeoutError:
             return
-
-
-class _MemorySubscription(AsyncClosing):
-    def __init__(self, registry: dict[str, weakref.WeakSet[_MemorySubscription]], channel: str) -> None:
-        self._registry = registry
-        self._channel = channel
-        self._messages: deque[bytes] = deque()
-        self._gap = False
-        self._arrived = asyncio.Event()
-
-    def put(self, payload: bytes) -> None:
-        if len(self._messages) == MAX_QUEUED_MESSAGES:
-            self._messages.popleft()
-            self._gap = True
-        self._messages.append(payload)
-        self._arrived.set()
-
-    async def next(self, timeout_s: float) -> Published | None:
-        if not self._messages:
-            self._arrived.clear()
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._arrived.wait()
-            except TimeoutError:
-                return None
-        gap, self._gap = self._gap, False
-        return Published(self._messages.popleft(), gap)
-
-    async def close(self) -> None:
-        if others := self._registry.get(self._channel):
-            others.discard(self)
-            if not others:
-                del self._registry[self._channel]

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from typing import Any, cast
 
 from redis.asyncio import Redis
-from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -17,14 +16,11 @@ from redis.exceptions import RedisError
 from cluster.errors import ConfigError, InvalidValueError, StoreUnavailableError
 from cluster.store import scripts
 from cluster.store.base import (
-    FIRST_RETRY_S,
-    LAST_RETRY_S,
     LOG_LENGTH,
     AsyncClosing,
     Change,
     Deleted,
     Poll,
-    Published,
     Put,
     Versioned,
     Watch,
@@ -94,18 +90,6 @@ class RedisStore(AsyncClosing):
     def watch(self, prefix: str) -> Watch:
         return Watch(self, prefix)
 
-    async def publish(self, channel: str, payload: bytes) -> None:
-        check_key(channel)
-        check_value(payload, "payload")
-        async with self.answering():
-            await self._redis.publish(self._channel(channel), payload)
-
-    async def subscribe(self, channel: str) -> _RedisSubscription:
-        check_key(channel)
-        subscription = _RedisSubscription(self, self._channel(channel))
-        await subscription.open()
-        return subscription
-
     async def close(self) -> None:
         await self._redis.aclose()
 
@@ -130,93 +114,35 @@ class RedisStore(AsyncClosing):
     async def wait_for_change(self, room: str, after: int, timeout_s: float) -> None:
         log = self._room_keys(room)[-1]
         block_ms = max(1, round(min(timeout_s, self._op_timeout_s / 2) * 1000))
-        async with self.answering(block_ms / 1000):
+        async with self._answering(block_ms / 1000):
             await self._redis.xread({log: f"{after}-0"}, count=1, block=block_ms)
 
     async def _run(self, script: str, room: str, *arguments: str | bytes | int) -> Any:
         keys = self._room_keys(room)
-        async with self.answering():
+        async with self._answering():
             run = self._redis.register_script(script)
             return await cast(Awaitable[Any], run(keys=keys, args=[self._log_length, *arguments]))
 
     def _room_keys(self, room: str) -> list[str]:
         return [f"{{{self._namespace}/{room}}}:{name}" for name in scripts.ROOM_KEYS]
 
-    def _channel(self, channel: str) -> str:
-        return f"{self._namespace}:{channel}"
-
-    def pubsub(self) -> PubSub:
-        return self._redis.pubsub()
-
     @asynccontextmanager
-    async def answering(self, wait_s: float = 0.0) -> AsyncIterator[None]:
+    async def _answering(self, wait_s: float = 0.0) -> AsyncIterator[None]:
         """Within the store's deadline, beside a wait that was asked for, or `StoreUnavailableError`."""
+        task = asyncio.current_task()
+        assert task is not None
+        num_cancels = task.cancelling()
+        failure: Exception | None = None
         try:
             async with asyncio.timeout(self._op_timeout_s + wait_s):
                 yield
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
-            reason = str(error) or f"no answer within {self._op_timeout_s:g} s"
-            raise StoreUnavailableError(f"the store (Redis) cannot be used: {reason}") from error
-
-
-class _RedisSubscription(AsyncClosing):
-    def __init__(self, store: RedisStore, channel: str) -> None:
-        self._store = store
-        self._channel = channel
-        self._pubsub: PubSub | None = None
-        self._gap = False
-
-    async def open(self) -> None:
-        """Subscribe on a connection of its own; returns when Redis has confirmed it."""
-        pubsub = self._store.pubsub()
-        try:
-            async with self._store.answering():
-                await pubsub.subscribe(self._channel)
-                while (reply := await pubsub.get_message(timeout=None)) is None or reply["type"] != "subscribe":
-                    pass
-        except BaseException:
-            await pubsub.aclose()
-            raise
-        self._pubsub = pubsub
-
-    async def next(self, timeout_s: float) -> Published | None:
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
-        pause_s = FIRST_RETRY_S
-        while True:
-            try:
-                if self._pubsub is None:
-                    await self.open()
-                return await self._receive(max(0.0, deadline - loop.time()))
-            except StoreUnavailableError:
-                self._gap = True
-                await self.close()
-                if loop.time() + pause_s >= deadline:
-                    raise
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, LAST_RETRY_S)
-
-    async def _receive(self, timeout_s: float) -> Published | None:
-        pubsub = self._pubsub
-        assert pubsub is not None
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
-        while True:
-            remaining_s = max(0.001, deadline - loop.time())
-            async with self._store.answering(remaining_s):
-                reply = await pubsub.get_message(timeout=remaining_s)
-            if reply is not None and reply["type"] == "message":
-                gap, self._gap = self._gap, False
-                return Published(reply["data"], gap)
-            if reply is not None:  # the client has subscribed again, on a new connection
-                self._gap = True
-            elif loop.time() >= deadline:
-                return None
-
-    async def close(self) -> None:
-        pubsub, self._pubsub = self._pubsub, None
-        if pubsub is not None:
-            await pubsub.aclose()
+            failure = error
+        if task.cancelling() > num_cancels:  # before Python 3.12 `asyncio.wait_for`, as redis-py uses it, can lose one
+            raise asyncio.CancelledError
+        if failure is not None:
+            reason = str(failure) or f"no answer within {self._op_timeout_s:g} s"
+            raise StoreUnavailableError(f"the store (Redis) cannot be used: {reason}") from failure
 
 
 def _number(found: bytes | int) -> int:

@@ -96,12 +96,20 @@
 {{- end -}}
 {{- end }}
 
-{{/* cluster/silence.py, `least_orphan_s`: what the processes would refuse at their start. */}}
+{{/*
+cluster/silence.py, `least_orphan_s` and `least_reroute_s`: what the processes would refuse at their start. A controller's
+pod is known to hang after 31 s (its liveness probe), however short the leases.
+*/}}
 {{- define "foretoken.checkTimes" -}}
 {{- $lease := default 1 .lease_s | float64 -}}
 {{- $orphan := default 60 .orphan_timeout_s | float64 -}}
 {{- $least := maxf 20 (mulf 15 $lease) -}}
 {{- if lt $orphan $least -}}
 {{- fail (printf "settings.orphan_timeout_s: %v must be at least %v where settings.lease_s is %v" $orphan $least $lease) -}}
+{{- end -}}
+{{- $reroute := default 60 .reroute_timeout_s | float64 -}}
+{{- $least := addf 20 (mulf 2 $lease) (maxf 31 (mulf 5 $lease)) -}}
+{{- if lt $reroute $least -}}
+{{- fail (printf "settings.reroute_timeout_s: %v must be at least %v where settings.lease_s is %v" $reroute $least $lease) -}}
 {{- end -}}
 {{- end }}

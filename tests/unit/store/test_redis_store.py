@@ -12,8 +12,8 @@ from redis.asyncio import Redis
 
 from cluster.errors import ConfigError, StoreUnavailableError, UnavailableError
 from cluster.store import open_store
-from cluster.store.base import Published, Put, Snapshot, Versioned
-from cluster.store.memory import MAX_QUEUED_MESSAGES, MemoryStore
+from cluster.store.base import Put, Snapshot, Versioned
+from cluster.store.memory import MemoryStore
 from cluster.store.redis import RedisStore
 from tests.support.redis_server import RedisServer
 
@@ -47,8 +47,6 @@ def test_a_redis_that_is_gone_is_a_typed_error_and_its_return_is_noticed(server:
             lambda: store.entries("r/"),
             lambda: store.compare_and_set("r/a", b"2", expected=old),
             lambda: store.renew("r/a", expected=old, ttl_s=1.0),
-            lambda: store.publish("r/a", b""),
-            lambda: store.subscribe("r/a"),
             lambda: store.watch("r/").next(0.1),
         ):
             with pytest.raises(StoreUnavailableError, match=r"the store \(Redis\) cannot be used"):
@@ -193,24 +191,6 @@ def test_a_room_that_somebody_else_damaged_is_as_if_the_store_were_away(server: 
     _run(body, server.url)
 
 
-def test_a_subscription_says_where_messages_may_be_missing(server: RedisServer) -> None:
-    async def body(store: RedisStore) -> None:
-        async with await store.subscribe("news/a") as subscription:
-            await store.publish("news/a", b"1")
-            assert await subscription.next(DEADLINE_S) == Published(b"1")
-            server.kill()
-            with pytest.raises(StoreUnavailableError):
-                await subscription.next(0.2)
-            server.start()
-            assert await subscription.next(0.2) is None  # subscribed again
-            await store.publish("news/a", b"2")
-            assert await subscription.next(DEADLINE_S) == Published(b"2", gap=True)
-            await store.publish("news/a", b"3")
-            assert await subscription.next(DEADLINE_S) == Published(b"3")
-
-    _run(body, server.url)
-
-
 def test_namespaces_do_not_see_each_other(server: RedisServer) -> None:
     async def body(store: RedisStore) -> None:
         async with RedisStore(server.url, namespace="other") as other:
@@ -230,15 +210,3 @@ def test_a_bad_url_is_refused_without_its_password(url: str) -> None:
 
 def test_without_a_url_the_store_is_embedded() -> None:
     assert isinstance(open_store(None), MemoryStore)
-
-
-def test_a_slow_subscriber_of_the_embedded_store_loses_its_oldest_messages_and_knows() -> None:
-    async def body() -> None:
-        store = MemoryStore()
-        async with await store.subscribe("news/a") as subscription:
-            for i in range(MAX_QUEUED_MESSAGES + 1):
-                await store.publish("news/a", b"%d" % i)
-            assert await subscription.next(DEADLINE_S) == Published(b"1", gap=True)
-            assert await subscription.next(DEADLINE_S) == Published(b"2")
-
-    asyncio.run(body())
