@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Iterable
 from typing import Any
 
+import grpc
+
 from cluster.protocol import KEEPALIVE, PROTOCOL_VERSION, TOKEN_KEY, VERSION_KEY
 
 CHANNEL_OPTIONS = (
@@ -15,6 +17,7 @@ CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),  # a new channel tries at once, whatever the last one met
     *KEEPALIVE,
 )
+REFUSALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION)  # asking again helps nobody
 CANCEL_RETRY_S = 0.5  # grpc can lose a cancellation that meets the end of a call
 
 

@@ -55,13 +55,13 @@ def serve(pipe: Connection) -> None:
     """A peer that sends back what it gets: over links, and over bare pairs for names that begin with `bare`."""
     torch.set_num_threads(1)
     server = LinkServer(HOST, WAIT_S)
-    offer = server.offer()
-    pipe.send(offer)
+    store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
     while (asked := pipe.recv()) is not None:
-        name, num_rows = asked
+        name, num_rows, address = asked
         try:
             if name.startswith("bare"):
-                group = bare_pair(offer.port, name, 0)
+                group = bare_pair(store.port, name, 0)
                 wait = timedelta(seconds=WAIT_S)
                 rows, spare = torch.empty(num_rows, HIDDEN), torch.empty(num_rows, HIDDEN)
                 arriving = group.recv([rows], 1, 0)
@@ -73,7 +73,9 @@ def serve(pipe: Connection) -> None:
                     group.send([rows], 1, 0).wait(wait)
                     rows, spare = spare, rows
             else:
-                link = server.accept(name)
+                meeting = server.meet(name, address)
+                pipe.send(meeting.address.result(WAIT_S))
+                link = meeting.link()
                 while True:
                     link.send(link.recv([TensorSpec((num_rows, HIDDEN))], WAIT_S), WAIT_S)
         except PeerLostError:
@@ -100,17 +102,23 @@ class EchoPeer:
         there.close()  # so that the end of the process is the end of the pipe
         if not self._pipe.poll(WAIT_S):
             raise BenchError("the other process did not begin in time")
-        self.offer = self._pipe.recv()
+        self._port: int = self._pipe.recv()
 
     def link(self, num_rows: int) -> GlooLink:
         name = uuid.uuid4().hex
-        self._pipe.send((name, num_rows))
-        return LinkClient(HOST, WAIT_S).connect(self.offer, name)
+
+        def exchange(address: bytes) -> bytes:
+            self._pipe.send((name, num_rows, address))
+            if not self._pipe.poll(WAIT_S):
+                raise BenchError("the other process did not answer in time")
+            return bytes(self._pipe.recv())
+
+        return LinkClient(HOST, WAIT_S).connect(name, exchange)
 
     def bare(self, num_rows: int) -> dist.ProcessGroupGloo:
         name = f"bare-{uuid.uuid4().hex}"
-        self._pipe.send((name, num_rows))
-        return bare_pair(self.offer.port, name, 1)
+        self._pipe.send((name, num_rows, b""))
+        return bare_pair(self._port, name, 1)
 
     @property
     def pid(self) -> int:

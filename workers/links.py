@@ -1,11 +1,11 @@
 """How tensor links come about: an expert worker offers them, an attention worker opens them.
 
-The rendezvous is agreed on over the authenticated call `OpenLink`; only who made that call knows under which name the
-two meet.
+Each tells the other where it listens in the authenticated call `OpenLink` and its answer, and nowhere else.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import uuid
@@ -15,17 +15,17 @@ from typing import Any
 import grpc
 import msgspec
 
-from cluster.channel import CHANNEL_OPTIONS, call_metadata
+from cluster.channel import CHANNEL_OPTIONS, REFUSALS, call_metadata
 from cluster.errors import ForetokenError, PeerLostError, PeerRefusedError
 from cluster.protocol import LINK_METHOD, EngineState, Launch, Likeness, LinkOffer, OpenLink, Peer
-from workers.experts.exchange import LinkClient, LinkServer, PeerLink
+from workers.experts.exchange import LinkClient, LinkServer, Meeting, PeerLink
 from workers.experts.host import ExpertHost
 
 log = logging.getLogger(__name__)
 
 MAX_PENDING_LINKS = 16  # offered, and nobody has come yet
 MAX_ID_BYTES = 128
-REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION)
+MAX_ADDRESS_BYTES = 4096
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_open_link = msgspec.msgpack.Decoder(OpenLink).decode
@@ -34,23 +34,33 @@ _decode_offer = msgspec.msgpack.Decoder(LinkOffer).decode
 
 def link_opener(launch: Launch, likeness: Likeness) -> Callable[[Peer], PeerLink]:
     """How this attention worker opens a link to an expert worker: within `peer_timeout_s` twice, on a thread."""
-    client = LinkClient(launch.tensor_host, launch.peer_timeout_s)
+    links = LinkClient(launch.tensor_host, launch.peer_timeout_s)
 
     def open_link(peer: Peer) -> PeerLink:
         """Raises `PeerLostError`, of which `PeerRefusedError` where the expert worker takes no link from this one."""
-        request = OpenLink(link_id=uuid.uuid4().hex, from_name=launch.name, likeness=likeness, worker_id=peer.worker_id)
-        try:
-            with grpc.insecure_channel(peer.address, options=CHANNEL_OPTIONS) as channel:
-                body = channel.unary_unary(LINK_METHOD)(
-                    _encode(request), timeout=launch.peer_timeout_s, metadata=call_metadata(launch.token)
-                )
-            offer = _decode_offer(body)
-        except grpc.RpcError as error:
-            kind = PeerRefusedError if error.code() in REFUSED else PeerLostError
-            raise kind(f"{peer.name} at {peer.address} offers no link: {error.details()}") from error
-        except msgspec.DecodeError as error:
-            raise PeerLostError(f"{peer.name} at {peer.address} offers no link: {error}") from error
-        return client.connect(offer, request.link_id)
+        link_id = uuid.uuid4().hex
+
+        def exchange(address: bytes) -> bytes:
+            request = OpenLink(
+                link_id=link_id,
+                from_name=launch.name,
+                likeness=likeness,
+                address=address,
+                worker_id=peer.worker_id,
+            )
+            try:
+                with grpc.insecure_channel(peer.address, options=CHANNEL_OPTIONS) as channel:
+                    body = channel.unary_unary(LINK_METHOD)(
+                        _encode(request), timeout=launch.peer_timeout_s, metadata=call_metadata(launch.token)
+                    )
+                return _decode_offer(body).address
+            except grpc.RpcError as error:
+                kind = PeerRefusedError if error.code() in REFUSALS else PeerLostError
+                raise kind(f"{peer.name} at {peer.address} offers no link: {error.details()}") from error
+            except msgspec.DecodeError as error:
+                raise PeerLostError(f"{peer.name} at {peer.address} offers no link: {error}") from error
+
+        return links.connect(link_id, exchange)
 
     return open_link
 
@@ -109,6 +119,8 @@ class ExpertService:
             raise
         if not 0 < len(request.link_id.encode()) <= MAX_ID_BYTES:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"link_id must have 1 to {MAX_ID_BYTES} bytes")
+        if not 0 < len(request.address) <= MAX_ADDRESS_BYTES:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"address must have 1 to {MAX_ADDRESS_BYTES} bytes")
         if request.worker_id not in ("", self._worker_id):
             text = f"worker {request.worker_id} is not here any more; this is {self._worker_id}"
             await context.abort(grpc.StatusCode.NOT_FOUND, text)
@@ -127,15 +139,20 @@ class ExpertService:
         if is_full:
             text = f"{MAX_PENDING_LINKS} links wait for their peers already; try again"
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
-        threading.Thread(target=self._meet, args=(request,), name="link", daemon=True).start()
-        return self._links.offer()
+        meeting = self._links.meet(request.link_id, request.address)
+        threading.Thread(target=self._serve, args=(request, meeting), name="link", daemon=True).start()
+        try:
+            return LinkOffer(address=await asyncio.wrap_future(meeting.address))
+        except PeerLostError as error:
+            await context.abort(grpc.StatusCode.INTERNAL, error.message)
+            raise
 
-    def _meet(self, request: OpenLink) -> None:
+    def _serve(self, request: OpenLink, meeting: Meeting) -> None:
         """A link's thread: wait for the peer, then serve it until it is done, or lost."""
         link: PeerLink | None = None
         try:
             try:
-                link = self._links.accept(request.link_id)
+                link = meeting.link()
             finally:
                 with self._lock:
                     self._num_pending -= 1

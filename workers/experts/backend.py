@@ -13,11 +13,10 @@ from workers.models.weights import ExpertWeights
 from workers.numerics import Numerics
 
 
-@dataclass(frozen=True, slots=True)
 class Pending:
-    """What `begin` started and `finish` hands over."""
+    """What `begin` started and `finish` ends; each backend has its own kind, and looks into no other."""
 
-    output: torch.Tensor  # [T, H]
+    __slots__ = ()
 
 
 class ExpertBackend(Protocol):
@@ -30,6 +29,13 @@ class ExpertBackend(Protocol):
     def finish(self, pending: Pending) -> torch.Tensor: ...
 
 
+@dataclass(frozen=True, slots=True)
+class LocalPending(Pending):
+    """Nothing is left to do."""
+
+    output: torch.Tensor  # [T, H]
+
+
 class LocalExperts:
     """All experts lie on this worker's device."""
 
@@ -38,12 +44,15 @@ class LocalExperts:
         self._layers = layers
         self._numerics = numerics
 
-    def begin(self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> Pending:
+    def begin(
+        self, layer: int, hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> LocalPending:
         """hidden [T, H], topk_ids [T, k] int64, topk_weights [T, k] float32."""
         weights = self._layers[layer]
         assert weights is not None, f"layer {layer} has no experts"
         output = moe_experts(hidden, topk_ids, topk_weights, weights.gate_up, weights.down, self._numerics)
-        return Pending(output)
+        return LocalPending(output)
 
     def finish(self, pending: Pending) -> torch.Tensor:
+        assert isinstance(pending, LocalPending)
         return pending.output

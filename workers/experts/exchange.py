@@ -1,8 +1,8 @@
 """Tensors between an attention worker and an expert worker: one link a pair, every wait with a deadline.
 
-A gloo process group over all workers would break as a whole when one dies. So each pair has a group of its own, on its
-own prefix of a rendezvous store: a dead peer breaks its pair at once, a hung one at the deadline, and nobody else's.
-The store is the expert worker's (`LinkServer`); the two agree on a `link_id` over gRPC, then meet there.
+A gloo process group over all workers would break as a whole when one dies. So each pair has a group of its own: a dead
+peer breaks its pair at once, a hung one at the deadline, and nobody else's. The two tell each other where they listen
+over an authenticated call (`OpenLink`), not in a store of torch's: that serves, and lists, its keys to whoever comes.
 
 Each gloo message costs a rendezvous of its own and two wakes of a thread, far more than the bytes of a decode step. So
 small tensors travel together, in one frame whose receiver need not know its length beforehand.
@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Protocol
 
@@ -22,7 +23,6 @@ import torch
 import torch.distributed as dist
 
 from cluster.errors import ConfigError, PeerLostError
-from cluster.protocol import LinkOffer
 from workers.experts.frame import Room, TensorSpec, Unpacking
 
 MIN_WAIT_S = 0.001  # gloo takes a timeout of zero for none
@@ -52,70 +52,97 @@ class PeerLink(Protocol):
         """
 
 
-class GlooLink:
-    """A `PeerLink` over TCP between two processes' CPU memory."""
+class _Addresses(dist.Store):
+    """All that gloo asks of a store where two meet: the one value of each of them, under whatever keys."""
 
-    def __init__(
-        self,
-        open_store: Callable[[], dist.Store],
-        name: str,
-        is_first: bool,
-        open_timeout_s: float,
-        tensor_host: str = "127.0.0.1",
-        on_met: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Meet the peer under `name` in the store; exactly one of the two says `is_first`.
+    def __init__(self, wait_s: float) -> None:
+        """`wait_s`: for the other side's."""
+        super().__init__()
+        self.ours: Future[bytes] = Future()
+        self.theirs: Future[bytes | None] = Future()  # None: they never come
+        self._wait_s = wait_s
+        self._our_key: str | None = None
 
-        `tensor_host` is the address of this side's interface that the pair uses. Raises `PeerLostError` where the peer
-        does not come in time: then a thread may be left that still waits. `on_met` is called once nobody does, on any
-        thread.
-        """
+    def set(self, key: str, value: bytes) -> None:
+        self._our_key = key
+        self.ours.set_result(bytes(value))
+
+    def get(self, key: str) -> bytes:
+        value = self.ours.result() if key == self._our_key else self.theirs.result(self._wait_s)
+        if value is None:
+            raise RuntimeError("it was given up")
+        return value
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        for key in keys:
+            self.get(key)
+
+
+class Meeting:
+    """One side of a link that comes about, on a thread of its own; it ends by itself."""
+
+    def __init__(self, name: str, *, is_first: bool, tensor_host: str, timeout_s: float) -> None:
+        """Exactly one of the two says `is_first`. `tensor_host`: the address of the interface that this side uses."""
         self.name = name
         self._rank = 0 if is_first else 1
-        self._peer = 1 - self._rank
+        self._tensor_host = tensor_host
+        self._timeout_s = timeout_s
+        self._addresses = _Addresses(timeout_s)
+        self._group: Future[dist.ProcessGroupGloo] = Future()
+        threading.Thread(target=self._meet, name=f"meet-{name}", daemon=True).start()
+
+    @property
+    def address(self) -> Future[bytes]:
+        """Where this side listens, as gloo says it to gloo; `PeerLostError` where it cannot."""
+        return self._addresses.ours
+
+    def introduce(self, address: bytes) -> None:
+        """Take the other side's address."""
+        self._addresses.theirs.set_result(address)
+
+    def give_up(self) -> None:
+        """The other side's address never comes."""
+        self._addresses.theirs.set_result(None)
+
+    def link(self) -> GlooLink:
+        """Wait until both are there. Raises `PeerLostError` where they are not in time."""
+        try:
+            group = self._group.result(self._timeout_s)
+        except (RuntimeError, TimeoutError) as error:
+            why = str(error) or f"it was not there within {self._timeout_s:.1f} s"
+            raise PeerLostError(f"the peer of the link {self.name!r} did not come to the rendezvous: {why}") from error
+        return GlooLink(self.name, group, 1 - self._rank, self._addresses)
+
+    def _meet(self) -> None:
+        try:
+            options = dist.ProcessGroupGloo._Options()
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._tensor_host)]
+            options._timeout = timedelta(seconds=self._timeout_s)
+            self._group.set_result(dist.ProcessGroupGloo(self._addresses, self._rank, 2, options))
+        except Exception as error:  # whatever comes through gloo; who waits for the link is told
+            if not self.address.done():
+                self.address.set_exception(PeerLostError(f"the link {self.name!r} cannot listen: {error}"))
+            # A new one: with the traceback of `error` it would keep what listens, until somebody collects garbage.
+            self._group.set_exception(RuntimeError(str(error)))
+
+
+class GlooLink:
+    """A `PeerLink` over TCP between two processes' CPU memory; of a `Meeting`."""
+
+    def __init__(self, name: str, group: dist.ProcessGroupGloo, peer: int, store: dist.Store) -> None:
+        """`store`: the one that `group` was made with, which its Python side has to outlive."""
+        self.name = name
+        self._peer = peer
         self._breaking = threading.Lock()
         self._fault: str | None = None
         # Before the rooms that gloo reads and writes: an object's attributes go in the order in which they came.
-        self._group: dist.ProcessGroupGloo | None = None
+        self._group: dist.ProcessGroupGloo | None = group
         self._arriving: dist.Work | None = None
         self._leaving = Room()
         self._room, self._taken = Room(), Room()  # of what arrives next, and of what came before it
         self._message: Unpacking | None = None  # of which something is left
-
-        def meet() -> dist.ProcessGroupGloo:
-            options = dist.ProcessGroupGloo._Options()
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=tensor_host)]
-            options._timeout = timedelta(seconds=open_timeout_s)
-            return dist.ProcessGroupGloo(dist.PrefixStore(name, open_store()), self._rank, 2, options)
-
-        self._group = self._in_time(meet, open_timeout_s, on_met)
-        self._arriving = self._expect(self._group)
-
-    def _in_time(
-        self, meet: Callable[[], dist.ProcessGroupGloo], timeout_s: float, on_met: Callable[[], None]
-    ) -> dist.ProcessGroupGloo:
-        """`meet` in a thread of its own, which is left behind where it takes longer.
-
-        torch's store client waits without end for a server that is stopped, whatever timeout it was given.
-        """
-        found: list[dist.ProcessGroupGloo] = []
-        faults: list[RuntimeError] = []
-
-        def run() -> None:
-            try:
-                found.append(meet())
-            except RuntimeError as error:
-                faults.append(error)
-            finally:
-                on_met()
-
-        thread = threading.Thread(target=run, name=f"meet-{self.name}", daemon=True)
-        thread.start()
-        thread.join(timeout_s)
-        if not found:
-            why = faults[0] if faults else TimeoutError(f"nobody was there within {timeout_s:.1f} s")
-            raise self._lost("did not come to the rendezvous", why) from why
-        return found[0]
+        self._store = store
+        self._arriving = self._expect(group)
 
     def send(self, tensors: Sequence[torch.Tensor], deadline_s: float) -> None:
         group, end = self._open(), time.monotonic() + deadline_s
@@ -186,73 +213,48 @@ def _left(end: float) -> timedelta:
 
 
 class LinkServer:
-    """An expert worker's side of the rendezvous: a store on `tensor_host`, at any free port."""
+    """An expert worker's side of links, on its `tensor_host`."""
 
     def __init__(self, tensor_host: str, open_timeout_s: float) -> None:
-        """`open_timeout_s`: how long `accept` waits for the other side. Raises `ConfigError` for an address that is
-        none of this machine's.
+        """`open_timeout_s`: how long a link waits for the other side. Raises `ConfigError` for an address that is none
+        of this machine's.
         """
         self._tensor_host = tensor_host
         self._open_timeout_s = open_timeout_s
         try:
             family = socket.getaddrinfo(tensor_host, 0, type=socket.SOCK_STREAM)[0][0]
-            # torch would listen on every interface.
-            listener = socket.create_server((tensor_host, 0), family=family, backlog=128)
+            socket.create_server((tensor_host, 0), family=family).close()
         except OSError as error:
             raise ConfigError(
                 f"tensor_host {tensor_host!r} is no address that tensor links can listen on: {error}",
                 param="tensor_host",
             ) from error
-        port = listener.getsockname()[1]
-        self._store = dist.TCPStore(
-            tensor_host,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=open_timeout_s),
-            master_listen_fd=listener.detach(),
-        )
-        self._offer = LinkOffer(host=tensor_host, port=port)
 
-    def offer(self) -> LinkOffer:
-        """Where a `LinkClient` finds this store."""
-        return self._offer
-
-    def accept(self, link_id: str) -> GlooLink:
-        """Wait for the attention worker that comes under `link_id`. Any thread, several at once.
-
-        Raises `PeerLostError` where it does not come within `open_timeout_s`.
-        """
-        # One connection to the store is one wait at a time: each link has its own.
-        return GlooLink(self._store.clone, link_id, True, self._open_timeout_s, self._tensor_host)
+    def meet(self, link_id: str, address: bytes) -> Meeting:
+        """Wait, beside, for the attention worker that is at `address`."""
+        meeting = Meeting(link_id, is_first=True, tensor_host=self._tensor_host, timeout_s=self._open_timeout_s)
+        meeting.introduce(address)
+        return meeting
 
 
 class LinkClient:
-    """An attention worker's side of the rendezvous, on its `tensor_host`."""
+    """An attention worker's side of links, on its `tensor_host`."""
 
     def __init__(self, tensor_host: str, timeout_s: float) -> None:
         self._tensor_host = tensor_host
         self._timeout_s = timeout_s
-        self._lock = threading.Lock()
-        self._waiting: set[LinkOffer] = set()
 
-    def connect(self, offer: LinkOffer, link_id: str) -> GlooLink:
-        """Meet the expert worker that made `offer` under `link_id`. Any thread.
+    def connect(self, link_id: str, exchange: Callable[[bytes], bytes]) -> GlooLink:
+        """Meet the expert worker that `exchange` tells our address and returns the address of. Any thread.
 
-        Raises `PeerLostError` within the timeout, whatever the other side does. A try that a hung server holds up
-        leaves its thread behind; until that one ends, the next raises at once, so that there are never more.
+        Raises `PeerLostError` within the timeout, and what `exchange` does. A peer that hangs may be met still, and is
+        found out at the link's first deadline.
         """
-        with self._lock:
-            if offer in self._waiting:
-                raise PeerLostError(f"an earlier try to meet the peer at {offer.host}:{offer.port} still waits")
-            self._waiting.add(offer)
-
-        def open_store() -> dist.Store:
-            timeout = timedelta(seconds=self._timeout_s)
-            return dist.TCPStore(offer.host, offer.port, is_master=False, timeout=timeout)
-
-        def on_met() -> None:
-            with self._lock:
-                self._waiting.discard(offer)
-
-        return GlooLink(open_store, link_id, False, self._timeout_s, self._tensor_host, on_met)
+        meeting = Meeting(link_id, is_first=False, tensor_host=self._tensor_host, timeout_s=self._timeout_s)
+        try:
+            theirs = exchange(meeting.address.result(self._timeout_s))
+        except BaseException:
+            meeting.give_up()
+            raise
+        meeting.introduce(theirs)
+        return meeting.link()

@@ -1,7 +1,8 @@
 """Experts on other workers: rows go out by owner, outputs come back unweighted, and are added where the tokens are.
 
-An expert worker returns each (token, choice) row by itself. The attention worker adds them in top-k order, as it does
-with its own: who computed a row changes no bit of the sum (numerics class `invariant`).
+A *choice* is one of a token's top k experts; choice c of token t has the number t * k + c. An expert worker returns the
+output of each choice by itself. The attention worker adds them in top-k order, as it does with its own: who computed
+one changes no bit of the sum (numerics class `invariant`).
 """
 
 from __future__ import annotations
@@ -52,33 +53,39 @@ class Asked:
 
     remote: Remote
     call: Call
-    rows: torch.Tensor  # of `RemotePending.output`, that it computes
+    choices: torch.Tensor  # [n] int64, that it computes: the rows of `call`
     end: float  # `time.monotonic()`
 
 
 @dataclass(frozen=True, slots=True)
 class RemotePending(Pending):
-    """What is on its way: `output` holds a row for each (token, choice)."""
+    """What is on its way, for T tokens."""
 
     layer: int
     hidden: torch.Tensor  # [T, H]
     flat_ids: torch.Tensor  # [T * k]
     topk_weights: torch.Tensor  # [T, k]
+    outputs: torch.Tensor  # [T * k, H], by choice; filled as they come
     asked: list[Asked] = field(default_factory=list)
-    failed: list[torch.Tensor] = field(default_factory=list)  # rows whose remote was lost
+    failed: list[torch.Tensor] = field(default_factory=list)  # choices whose remote was lost
 
 
 class MixedExperts:
     """Some experts here, the others behind links. `begin` sends and computes its own; `finish` waits for the rest.
 
-    A remote that dies, is late or lacks an expert is passed over from then on, and its rows go to the next holder. The
-    calls come from one thread; `hold` may come from another.
+    A remote that dies, is late or lacks an expert is passed over from then on, and its choices go to the next holder.
+    The calls come from one thread; `hold` may come from another.
     """
 
     def __init__(
-        self, shard: Shard, num_experts: Sequence[int], numerics: Numerics, patience: Patience,
-        on_change: Callable[[], None] = lambda: None, on_wait: Callable[[float], object] = lambda _: None,
-    ) -> None:  # fmt: skip
+        self,
+        shard: Shard,
+        num_experts: Sequence[int],
+        numerics: Numerics,
+        patience: Patience,
+        on_change: Callable[[], None] = lambda: None,
+        on_wait: Callable[[float], object] = lambda _: None,
+    ) -> None:
         """`num_experts` by layer, 0 where it is dense. `on_change` follows a loss, and `on_wait` precedes each wait for
         a peer and gets the most seconds that it lasts; both on the thread of the calls.
         """
@@ -107,7 +114,7 @@ class MixedExperts:
         return self._holders
 
     def hold(self, holders: Holders) -> None:
-        """From the next rows on, experts are with these; remotes that are not among them are closed.
+        """From the next call on, experts are with these; remotes that are not among them are closed.
 
         Blocks while a call is under way, whose replies are still due on the old links.
         """
@@ -117,8 +124,9 @@ class MixedExperts:
             self._lacks.clear()
             self._choose_owners()
             pending = self._under_way
-            rows = 0 if pending is None else pending.flat_ids.shape[0]
-            self._state.wait_for(lambda: self._under_way is not pending or pending is None, self._patience.of(rows))
+            if pending is not None:
+                patience_s = self._patience.of(pending.flat_ids.shape[0])
+                self._state.wait_for(lambda: self._under_way is not pending, patience_s)
         for remote in gone:
             _close(remote)
 
@@ -131,8 +139,8 @@ class MixedExperts:
     ) -> RemotePending:
         """hidden [T, H], topk_ids [T, k] int64, topk_weights [T, k] float32. Raises `PeerLostError`."""
         flat_ids = topk_ids.reshape(-1)
-        by_choice = hidden.new_empty(flat_ids.shape[0], hidden.shape[1])
-        pending = RemotePending(by_choice, layer, hidden, flat_ids, topk_weights)
+        outputs = hidden.new_empty(flat_ids.shape[0], hidden.shape[1])
+        pending = RemotePending(layer, hidden, flat_ids, topk_weights, outputs)
         self._start(pending)
         try:
             own = self._ask(pending)
@@ -143,25 +151,25 @@ class MixedExperts:
             weights = self._shard.weights[layer]
             assert weights is not None, f"layer {layer} has no experts here"
             places = self._own_places[layer].to(flat_ids.device)[flat_ids[own]]
-            by_choice[own] = expert_rows(weights, hidden[own // topk_ids.shape[1]], places, self._numerics)
+            outputs[own] = expert_rows(weights, hidden[own // topk_ids.shape[1]], places, self._numerics)
         return pending
 
     def finish(self, pending: Pending) -> torch.Tensor:
-        """-> [T, H]. Raises `PeerLostError` where nobody is left for a row; the links that are up stay in step."""
+        """-> [T, H]. Raises `PeerLostError` where nobody is left for a choice; the links that are up stay in step."""
         assert isinstance(pending, RemotePending)
         try:
             self._collect(pending)
             while pending.failed:
-                rows = torch.cat(pending.failed)
+                failed = torch.cat(pending.failed)
                 pending.failed.clear()
-                self._ask(pending, rows)
+                self._ask(pending, failed)
                 self._collect(pending)
         except PeerLostError:  # nothing is under way: whatever else leaves here may leave replies that are due
             self._end()
             raise
         self._end()
         num_tokens, top_k = pending.topk_weights.shape
-        return moe_combine(pending.output.view(num_tokens, top_k, -1), pending.topk_weights, self._numerics)
+        return moe_combine(pending.outputs.view(num_tokens, top_k, -1), pending.topk_weights, self._numerics)
 
     # ------------------------------------------------------------------------------------------------ parts of a call
 
@@ -177,25 +185,25 @@ class MixedExperts:
             self._under_way = None
             self._state.notify_all()
 
-    def _ask(self, pending: RemotePending, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Send each of `rows` (all, if None) to its owner, one call a remote; -> those that are to be computed here.
+    def _ask(self, pending: RemotePending, choices: torch.Tensor | None = None) -> torch.Tensor:
+        """Send each of `choices` (all, if None) to its owner, one call a remote; -> those that are to be computed here.
 
         Nothing may be under way: a remote takes no second call before its reply is taken. Raises `PeerLostError`, and
         then has sent nothing.
         """
         with self._state:
             remotes, owners = self._holders.remotes, self._owners[pending.layer]
-        expert_ids = pending.flat_ids if rows is None else pending.flat_ids[rows]
+        expert_ids = pending.flat_ids if choices is None else pending.flat_ids[choices]
         owner = owners.to(expert_ids.device)[expert_ids]
         order = owner.argsort(stable=True)  # so that what each owner gets lies together
         counts = torch.bincount(owner - NOBODY, minlength=len(remotes) - NOBODY).tolist()
-        expert_ids, rows = expert_ids[order].cpu(), order if rows is None else rows[order]
+        expert_ids, choices = expert_ids[order].cpu(), order if choices is None else choices[order]
         if num_missing := counts[0]:
             missing = expert_ids[:num_missing].unique().tolist()
             raise PeerLostError(f"no worker that can be reached holds experts {missing} of layer {pending.layer}")
         num_here = start = counts[1]
         top_k = pending.topk_weights.shape[1]
-        hidden = pending.hidden.index_select(0, rows // top_k).cpu()
+        hidden = pending.hidden.index_select(0, choices // top_k).cpu()
         for remote, count in zip(remotes, counts[2:], strict=True):
             if not count:
                 continue
@@ -208,13 +216,13 @@ class MixedExperts:
                 send_call(_open(remote), call, patience_s)
             except PeerLostError as error:
                 self._lose(remote, error)
-                pending.failed.append(rows[part])
+                pending.failed.append(choices[part])
             else:
-                pending.asked.append(Asked(remote, call, rows[part], time.monotonic() + patience_s))
-        return rows[:num_here]
+                pending.asked.append(Asked(remote, call, choices[part], time.monotonic() + patience_s))
+        return choices[:num_here]
 
     def _collect(self, pending: RemotePending) -> None:
-        """Take all replies that are due; rows without one are `pending.failed`.
+        """Take all replies that are due; choices without one are `pending.failed`.
 
         In the order of the calls, since gloo cannot wait for whichever comes first. It costs no time: all peers work
         meanwhile, and each one's time runs from its call.
@@ -227,13 +235,13 @@ class MixedExperts:
                 output, missing = recv_reply(_open(asked.remote), asked.call, left_s)
             except PeerLostError as error:
                 self._lose(asked.remote, error)
-                pending.failed.append(asked.rows)
+                pending.failed.append(asked.choices)
                 continue
             if missing == OK:
-                pending.output.index_copy_(0, asked.rows, output.to(pending.output.device))
+                pending.outputs.index_copy_(0, asked.choices, output.to(pending.outputs.device))
             else:
                 self._pass_over(asked.remote, pending.layer, missing)
-                pending.failed.append(asked.rows)
+                pending.failed.append(asked.choices)
         pending.asked.clear()
 
     def _lose(self, remote: Remote, error: PeerLostError) -> None:

@@ -18,10 +18,10 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from cluster.errors import ConfigError, PeerLostError
-from cluster.protocol import LinkOffer
+from cluster.errors import ConfigError, PeerLostError, PeerRefusedError
+from tests.support.eventually import wait_until
 from tests.support.signals import send
-from workers.experts.exchange import GlooLink, LinkClient, LinkServer
+from workers.experts.exchange import GlooLink, LinkClient, LinkServer, Meeting
 from workers.experts.frame import FRAME_BYTES, TensorSpec
 
 DEADLINE_S = 30.0
@@ -33,20 +33,22 @@ AT_ONCE_S = 10.0  # on a machine that has much else to do
 def run_echo(pipe: Connection) -> None:
     """A peer that sends back what it gets, three numbers at a time."""
     links = LinkServer("127.0.0.1", DEADLINE_S)
-    pipe.send(links.offer())
+    pipe.send("ready")
 
-    def echo(link_id: str) -> None:
-        link = links.accept(link_id)
+    def echo(meeting: Meeting) -> None:
+        link = meeting.link()
         with contextlib.suppress(PeerLostError):
             while True:
                 link.send(link.recv([TensorSpec((3,))], DEADLINE_S), DEADLINE_S)
 
-    def serve(link_id: str) -> None:
-        echo(link_id)
-        pipe.send(link_id)
+    def serve(meeting: Meeting) -> None:
+        echo(meeting)
+        pipe.send(meeting.name)
 
     while True:
-        threading.Thread(target=serve, args=(pipe.recv(),), daemon=True).start()
+        meeting = links.meet(*pipe.recv())
+        pipe.send(meeting.address.result(DEADLINE_S))
+        threading.Thread(target=serve, args=(meeting,), daemon=True).start()
 
 
 class Echo:
@@ -56,12 +58,16 @@ class Echo:
         self.process = context.Process(target=run_echo, args=(there,), daemon=True)
         self.process.start()
         assert self.pipe.poll(START_S)
-        self.offer: LinkOffer = self.pipe.recv()
+        self.pipe.recv()
 
     def link(self) -> GlooLink:
         link_id = uuid.uuid4().hex
-        self.pipe.send(link_id)
-        return LinkClient("127.0.0.1", DEADLINE_S).connect(self.offer, link_id)
+        return LinkClient("127.0.0.1", DEADLINE_S).connect(link_id, lambda address: self.introduce(link_id, address))
+
+    def introduce(self, link_id: str, address: bytes) -> bytes:
+        self.pipe.send((link_id, address))
+        assert self.pipe.poll(DEADLINE_S)
+        return bytes(self.pipe.recv())
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process.pid is not None
@@ -110,61 +116,73 @@ def test_one_link_closed_leaves_the_others(echo: Echo) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hung"])
-def test_a_server_that_is_gone_or_hangs_is_an_error_in_time(echo: Echo, number: signal.Signals) -> None:
-    echo.signal(number)
+def test_a_peer_that_dies_or_hangs_before_it_came_is_an_error_in_time(echo: Echo, number: signal.Signals) -> None:
+    def exchange(address: bytes) -> bytes:
+        theirs = echo.introduce("a", gone_address())
+        echo.signal(number)
+        return theirs
+
+    before = threading.active_count()
     started = time.monotonic()
-    with pytest.raises(PeerLostError, match="rendezvous"):
-        LinkClient("127.0.0.1", 0.5).connect(echo.offer, "nobody")
+    with pytest.raises(PeerLostError):  # where it listened already, its system may still take the connection
+        ask(LinkClient("127.0.0.1", 0.5).connect("a", exchange), 0.5)
     assert time.monotonic() - started < AT_ONCE_S
+    wait_until(lambda: threading.active_count() <= before, threading.enumerate)
 
 
-def test_tries_to_meet_a_server_that_hangs_leave_one_thread_and_it_is_met_once_it_goes_on(echo: Echo) -> None:
-    def waiting() -> int:
-        return sum(thread.name.startswith("meet-nobody") for thread in threading.enumerate())
+def test_an_exchange_that_fails_is_what_the_caller_hears_and_leaves_no_thread() -> None:
+    def exchange(address: bytes) -> bytes:
+        raise PeerRefusedError("not with you")
 
-    client = LinkClient("127.0.0.1", 0.2)
-    echo.signal(signal.SIGSTOP)
-    for text in ("rendezvous", "still waits", "still waits"):
-        with pytest.raises(PeerLostError, match=text):
-            client.connect(echo.offer, "nobody")
-        assert waiting() == 1
-    echo.signal(signal.SIGCONT)
-    deadline = time.monotonic() + DEADLINE_S
-    while waiting():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    with pytest.raises(PeerLostError, match="rendezvous"):  # it is tried again, and there is really nobody
-        client.connect(echo.offer, "nobody")
-    assert ask(echo.link()).tolist() == [0.0, 1.0, 2.0]
+    before = threading.active_count()
+    with pytest.raises(PeerRefusedError, match="not with you"):
+        LinkClient("127.0.0.1", DEADLINE_S).connect("a", exchange)
+    wait_until(lambda: threading.active_count() <= before, threading.enumerate)
 
 
-def test_a_peer_that_never_comes_holds_nobody_up() -> None:
+def test_a_peer_that_is_gone_by_the_time_holds_nobody_up() -> None:
     server = LinkServer("127.0.0.1", AT_ONCE_S)
+    nobody = gone_address()
 
     def wait() -> None:
         with pytest.raises(PeerLostError):
-            server.accept("nobody")
+            server.meet("nobody", nobody).link()
 
     waits = threading.Thread(target=wait)
     waits.start()
     here, there = open_pair(server)
     here.send([], DEADLINE_S)
-    assert waits.is_alive(), "the other link was open first"
     waits.join(DEADLINE_S)
+    assert not waits.is_alive()
     there.close()
     started = time.monotonic()
     with pytest.raises(PeerLostError, match="rendezvous"):
-        LinkServer("127.0.0.1", 1.0).accept("nobody else")
-    assert 0.9 < time.monotonic() - started < AT_ONCE_S
+        LinkServer("127.0.0.1", 1.0).meet("nobody else", nobody).link()
+    assert time.monotonic() - started < AT_ONCE_S
 
 
-def open_pair(server: LinkServer, name: str = "p") -> tuple[GlooLink, GlooLink]:
-    found: list[GlooLink] = []
-    thread = threading.Thread(target=lambda: found.append(server.accept(name)))
-    thread.start()
-    link = LinkClient("127.0.0.1", DEADLINE_S).connect(server.offer(), name)
-    thread.join(DEADLINE_S)
-    return link, found[0]
+def gone_address() -> bytes:
+    """Of a peer that is there no more."""
+    found: list[bytes] = []
+
+    def exchange(address: bytes) -> bytes:
+        found.append(address)
+        raise PeerLostError("it goes")
+
+    with pytest.raises(PeerLostError, match="it goes"):
+        LinkClient("127.0.0.1", DEADLINE_S).connect("gone", exchange)
+    return found[0]
+
+
+def open_pair(server: LinkServer, name: str = "p", tensor_host: str = "127.0.0.1") -> tuple[GlooLink, GlooLink]:
+    meetings: list[Meeting] = []
+
+    def exchange(address: bytes) -> bytes:
+        meetings.append(server.meet(name, address))
+        return meetings[0].address.result(DEADLINE_S)
+
+    link = LinkClient(tensor_host, DEADLINE_S).connect(name, exchange)
+    return link, meetings[0].link()
 
 
 WAITS: dict[str, Callable[[GlooLink], object]] = {
@@ -279,15 +297,11 @@ def test_messages_arrive_whole_and_in_order() -> None:
 def test_everything_listens_on_the_tensor_host_alone() -> None:
     before = listening()
     server = LinkServer("127.0.0.2", DEADLINE_S)
-    assert server.offer().host == "127.0.0.2"
-    found: list[GlooLink] = []
-    thread = threading.Thread(target=lambda: found.append(server.accept("p")))
-    thread.start()
-    link = LinkClient("127.0.0.3", DEADLINE_S).connect(server.offer(), "p")
-    thread.join(DEADLINE_S)
+    assert listening() == before  # nothing, until a link is asked for
+    link, other = open_pair(server, tensor_host="127.0.0.3")
     assert {host for host, _ in listening() - before} == {"127.0.0.2", "127.0.0.3"}
     link.close()
-    found[0].close()
+    other.close()
 
 
 def listening() -> set[tuple[str, int]]:

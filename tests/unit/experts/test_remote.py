@@ -21,12 +21,13 @@ from tests.support.models import TINY, Driver, random_weights
 from tests.support.numerics import numerics
 from tests.support.signals import send
 from workers.experts.backend import ExpertBackend, LocalExperts
-from workers.experts.exchange import GlooLink, LinkClient, LinkServer
+from workers.experts.exchange import GlooLink, LinkClient, LinkServer, Meeting
 from workers.experts.routed import RoutedExperts
 from workers.models.decoder import Decoder
 
 DEADLINE_S = 30.0
 START_S = 120.0  # of other processes
+ANSWER_S = 5.0
 AT_ONCE_S = 10.0  # on a machine that has much else to do
 ALL = tuple(range(8))
 EVEN, ODD = (0, 2, 4, 6), (1, 3, 5, 7)
@@ -38,15 +39,17 @@ def run_worker(pipe: Connection, ids: Sequence[int], kind: str) -> None:
     torch.set_num_threads(1)
     host = make_host(TINY, random_weights(TINY), numerics(kind), ids)
     links = LinkServer("127.0.0.1", DEADLINE_S)
-    pipe.send(links.offer())
+    pipe.send("ready")
 
-    def serve(link_id: str) -> None:
+    def serve(meeting: Meeting) -> None:
         with contextlib.suppress(PeerLostError):
-            host.serve(links.accept(link_id))
+            host.serve(meeting.link())
 
     threads = []
-    while (link_id := pipe.recv()) is not None:
-        threads.append(threading.Thread(target=serve, args=(link_id,), daemon=True))
+    while (asked := pipe.recv()) is not None:
+        meeting = links.meet(*asked)
+        pipe.send(meeting.address.result(DEADLINE_S))
+        threads.append(threading.Thread(target=serve, args=(meeting,), daemon=True))
         threads[-1].start()
     for thread in threads:
         thread.join(DEADLINE_S)
@@ -58,8 +61,8 @@ class Workers:
     def __init__(self) -> None:
         self._context = get_context("spawn")
         self._pipes: dict[str, Connection] = {}
+        self._lock = threading.Lock()
         self.processes = {}
-        self._offers = {}
 
     def start(self, held: dict[str, Sequence[int]], kind: str) -> None:
         for name, ids in held.items():
@@ -68,12 +71,20 @@ class Workers:
             self.processes[name].start()
         for name in held:
             assert self._pipes[name].poll(START_S)
-            self._offers[name] = self._pipes[name].recv()
+            self._pipes[name].recv()
 
     def open_link(self, peer: Peer) -> GlooLink:
         link_id = uuid.uuid4().hex
-        self._pipes[peer.worker_id].send(link_id)
-        return LinkClient("127.0.0.1", DEADLINE_S).connect(self._offers[peer.worker_id], link_id)
+
+        def exchange(address: bytes) -> bytes:
+            pipe = self._pipes[peer.worker_id]
+            with self._lock:
+                pipe.send((link_id, address))
+                if not pipe.poll(ANSWER_S):
+                    raise PeerLostError(f"{peer.name} does not answer")
+                return bytes(pipe.recv())
+
+        return LinkClient("127.0.0.1", DEADLINE_S).connect(link_id, exchange)
 
     def signal(self, name: str, number: signal.Signals) -> None:
         pid = self.processes[name].pid
