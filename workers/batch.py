@@ -34,15 +34,15 @@ class Batcher:
         self._dtype = dtype
         self._bytes_per_score_row = num_heads * page_size * dtype.itemsize
 
-    def build(self, scheduled: Sequence[Scheduled], logits_from: Sequence[int]) -> Batch:
-        """`logits_from[i]`: the first of item i's tokens, counted in the step, whose logits are needed."""
+    def build(self, scheduled: Sequence[Scheduled], rows_from: Sequence[int]) -> Batch:
+        """`rows_from[i]`: the first of item i's tokens, counted in the step, whose results are needed."""
         size = self._page_size
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         rows: list[int] = []
         slices: list[SequenceSlice] = []
-        for item, logits_at in zip(scheduled, logits_from, strict=True):
+        for item, row_at in zip(scheduled, rows_from, strict=True):
             request, first_row = item.request, len(token_ids)
             start, end = request.num_computed, request.num_computed + item.num_tokens
             page_ids = request.page_ids
@@ -54,7 +54,7 @@ class Batcher:
                 token_ids.extend(request.tokens[start:end])
                 positions.extend(range(start + request.position_offset, end + request.position_offset))
                 slots.extend(page_ids[at // size] * size + at % size for at in range(start, end))
-            rows.extend(range(first_row + logits_at, first_row + item.num_tokens))
+            rows.extend(range(first_row + row_at, first_row + item.num_tokens))
             slices.append(SequenceSlice(first_row, start, item.num_tokens, page_ids))
         device = self._device
         attention = plan_blocks(slices, size) if self._native else self._groups(slices)
@@ -63,7 +63,7 @@ class Batcher:
             positions=torch.tensor(positions, device=device),
             kv_slots=torch.tensor(slots, device=device),
             attention=attention,
-            logit_rows=torch.tensor(rows, dtype=torch.int64, device=device),
+            rows=torch.tensor(rows, dtype=torch.int64, device=device),
         )
 
     def _groups(self, slices: Sequence[SequenceSlice]) -> AttentionPlan:
@@ -78,11 +78,13 @@ class Batcher:
         )
 
 
-def first_logit_row(request: Request, num_tokens: int) -> int:
-    """Which of a request's next `num_tokens` tokens is the first whose logits are needed.
+def first_row(request: Request, num_tokens: int) -> int:
+    """Which of a request's next `num_tokens` tokens is the first whose result (logits, or hidden state) is needed.
 
-    All of the prompt's where `prompt_logprobs` asks for them, otherwise the sequence's last token alone.
+    All of the prompt's where `prompt_logprobs` or their mean is asked for, otherwise the sequence's last token alone.
     """
+    if request.pooling == "mean":
+        return 0
     if request.sampling.prompt_logprobs is not None and request.num_computed < request.num_prompt:
         return 0
     reaches_end = request.num_computed + num_tokens == len(request.tokens)

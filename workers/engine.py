@@ -15,19 +15,20 @@ from msgspec import structs
 
 from cluster.errors import DeadlineError, EngineError, ForetokenError, InvalidValueError, PeerLostError
 from cluster.protocol import EngineState, Finish, RequestOutput, StepOutput, Submit, TokenLogprobs, TopLogprob
-from workers.batch import Batcher, first_logit_row
+from workers.batch import Batcher, first_row
 from workers.cache.kv_cache import KVCache
 from workers.cache.page_table import PageTable
 from workers.cache.pages import PagePool
 from workers.models.decoder import Decoder
 from workers.models.tokenizer import Detokenizer, Tokenizer
+from workers.pooling import embedding, take_pooled
 from workers.request import Request, Status
 from workers.sampling.guided import Matcher
 from workers.sampling.sampler import Sampler, failure
 from workers.sampling.stop import StopChecker
 from workers.sampling.thinking import ThinkingMatcher
 from workers.scheduler import MAX_LOGIT_ROWS, Scheduler, SchedulerOptions
-from workers.step import SampledRow, Scheduled, StepPlan
+from workers.step import SampledRow, Scheduled, StepPlan, counted
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +97,8 @@ class Engine:
         if num_pages > self.options.num_pages:
             raise InvalidValueError(
                 f"the request may need {num_pages} KV pages of {self.options.page_size} tokens and this engine has "
-                f"{self.options.num_pages}: lower max_tokens, or give the server more memory",
-                param="max_tokens",
+                f"{self.options.num_pages}: lower max_tokens, shorten it, or give the server more memory",
+                param="prompt" if submit.pooling else "max_tokens",
             )
         request.stop_checker = self._stop_checker(request)
         thinking = request.sampling.thinking
@@ -204,10 +205,10 @@ class Engine:
             while fork.num_uncomputed > 1:  # the last id's own logits are not needed
                 num_tokens = min(fork.num_uncomputed - 1, self.options.scheduler.token_budget, MAX_LOGIT_ROWS)
                 self._pages.reserve(fork, num_tokens)
-                logits_from = min(max(0, len(source.tokens) - 1 - fork.num_computed), num_tokens)
-                batch = self._batcher.build([Scheduled(fork, num_tokens)], [logits_from])
+                rows_from = min(max(0, len(source.tokens) - 1 - fork.num_computed), num_tokens)
+                batch = self._batcher.build([Scheduled(fork, num_tokens)], [rows_from])
                 logits = self.decoder.forward(batch, self._kv)
-                first = fork.num_computed + logits_from + 1
+                first = fork.num_computed + rows_from + 1
                 targets = fork.tokens[first : first + logits.shape[0]]
                 logprobs += [row.logprob for row in self._score(logits, targets, 0)]
                 fork.num_computed += num_tokens
@@ -227,12 +228,14 @@ class Engine:
         self.stalled = False
         if plan.scheduled:
             try:
-                logits_from = [first_logit_row(item.request, item.num_tokens) for item in plan.scheduled]
-                batch = self._batcher.build(plan.scheduled, logits_from)
+                rows_from = [first_row(item.request, item.num_tokens) for item in plan.scheduled]
+                batch = self._batcher.build(plan.scheduled, rows_from)
                 forward_started = time.perf_counter()
-                logits = self.decoder.forward(batch, self._kv)
+                hidden = self.decoder.last_hidden(batch, self._kv)
+                rows_from, hidden = take_pooled(plan, rows_from, hidden)
+                logits = self.decoder.logits(hidden)
                 forward_s = time.perf_counter() - forward_started
-                sampled = self._sample(plan, logits_from, logits)
+                sampled = self._sample(plan, rows_from, logits)
                 num_prompt = sum(_prompt_part(item) for item in plan.scheduled)
                 self._commit(plan, sampled)
                 num_generated = sum(1 for row in sampled if row is not None)
@@ -266,6 +269,7 @@ class Engine:
             self._state,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
+            prompt_tokens_ahead=sum(request.num_prompt_ahead for request in self._requests.values()),
             pages_total=self.pool.num_pages,
             pages_free=self.pool.num_free,
             preemptions=scheduler.num_preemptions,
@@ -279,13 +283,13 @@ class Engine:
         outputs, self._outputs = self._outputs, []
         return StepOutput(outputs=outputs)
 
-    def _sample(self, plan: StepPlan, logits_from: Sequence[int], logits: torch.Tensor) -> list[SampledRow | None]:
+    def _sample(self, plan: StepPlan, rows_from: Sequence[int], logits: torch.Tensor) -> list[SampledRow | None]:
         """The next token of each item that computed its whole sequence; None for the others."""
         requests: list[Request] = []
         rows: list[int] = []
         places: list[int] = []
         next_row = 0
-        for place, (item, first) in enumerate(zip(plan.scheduled, logits_from, strict=True)):
+        for place, (item, first) in enumerate(zip(plan.scheduled, rows_from, strict=True)):
             request, num_rows = item.request, item.num_tokens - first
             if num_rows and request.sampling.prompt_logprobs is not None:
                 self._score_prompt(request, item.num_tokens, logits[next_row : next_row + num_rows])
@@ -327,8 +331,10 @@ class Engine:
             if row is not None:
                 self._take(request, row)
             elif request.num_uncomputed == 0:  # nothing was to be generated
-                self._emit(request, RequestOutput(request_id=request.request_id, index=request.num_output))
-                self._end(request, Finish(reason="length"))
+                vector, finish = (b"", Finish(reason="length")) if request.pooling is None else embedding(request)
+                index = request.num_output
+                self._emit(request, RequestOutput(request_id=request.request_id, index=index, embedding=vector))
+                self._end(request, finish)
 
     def _take(self, request: Request, row: SampledRow) -> None:
         """Append a sampled token, and end the request where it says so."""
@@ -360,6 +366,7 @@ class Engine:
                 output,
                 cached_tokens=request.num_cached or 0,
                 prompt_logprobs=request.prompt_logprobs or None,
+                **request.times(),
             )
         self._outputs.append(output)
 
@@ -405,8 +412,8 @@ class Engine:
 
     def _find(self, request_id: str) -> Request:
         request = self._requests.get(request_id)
-        if request is None:
-            raise InvalidValueError(f"no request {request_id!r} is running", param="request_id")
+        if request is None or request.pooling is not None:
+            raise InvalidValueError(f"no request {request_id!r} is generating", param="request_id")
         return request
 
     def _stop_checker(self, request: Request) -> StopChecker:
@@ -434,6 +441,7 @@ class Engine:
             step_s=state.step_s + step_s,
             prompt_tokens=state.prompt_tokens + num_prompt,
             generated_tokens=state.generated_tokens + num_generated,
+            step_token_counts=counted(state.step_token_counts, plan.num_tokens),
         )
 
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.errors import ContextLengthError, InvalidValueError
-from cluster.protocol import Finish, Sampling, Stopping, Submit, TokenLogprobs
+from cluster.protocol import Finish, Pooling, Sampling, Stopping, Submit, TokenLogprobs
 
 if TYPE_CHECKING:
+    import torch
+
     from workers.sampling.guided import Matcher
     from workers.sampling.stop import StopChecker
     from workers.sampling.thinking import ThinkingMatcher
@@ -40,8 +42,10 @@ class Request:
     priority: int = 0
     deadline: float = math.inf  # time.monotonic() seconds
     cache_salt: str = ""
+    pooling: Pooling | None = None  # it ends with its prompt, whose embedding is its only output
     position_offset: int = 0  # added to each token's index to make its rotary position
     arrival: float = field(default_factory=time.monotonic)
+    scheduled: float | None = None  # when it was in a step first, in the same seconds
 
     status: Status = Status.WAITING
     num_computed: int = 0
@@ -54,6 +58,7 @@ class Request:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     ended: Finish | None = None  # the end that a resumed request's tokens had reached already
     told_prompt: bool = False  # its first output, which carries what concerns the prompt, is out
+    pooled: torch.Tensor | None = None  # [hidden] float64: of what it computed so far (`workers.pooling`)
 
     @property
     def num_output(self) -> int:
@@ -72,6 +77,16 @@ class Request:
     def num_uncomputed(self) -> int:
         return len(self.tokens) - self.num_computed
 
+    @property
+    def num_prompt_ahead(self) -> int:
+        return max(0, self.num_prompt - self.num_computed)
+
+    def times(self) -> dict[str, float]:
+        """`queue_s` and `prefill_s` of its first output, which is there now; none where it was in no step."""
+        if self.scheduled is None:
+            return {}
+        return {"queue_s": self.scheduled - self.arrival, "prefill_s": time.monotonic() - self.scheduled}
+
     @classmethod
     def from_submit(cls, submit: Submit, *, vocab_size: int, max_model_len: int) -> Request:
         """Check a `Submit` against this engine and make its request.
@@ -89,6 +104,7 @@ class Request:
             priority=submit.priority,
             deadline=math.inf if submit.deadline_s is None else time.monotonic() + submit.deadline_s,
             cache_salt=submit.cache_salt,
+            pooling=submit.pooling,
         )
 
 
@@ -138,6 +154,8 @@ def check_submit(submit: Submit, *, vocab_size: int, max_model_len: int) -> None
         if not thinking.start or not thinking.end:
             raise InvalidValueError("thinking needs the texts that open and close it", param="thinking")
         _within("thinking_token_budget", thinking.budget or 0, 0, 2**31)
+    if submit.pooling is not None and (stopping.max_tokens or sampling.prompt_logprobs is not None):
+        raise InvalidValueError("what is embedded goes on with no tokens and tells no logprobs", param="pooling")
     total = len(submit.prompt_ids) + stopping.max_tokens
     if total > max_model_len:
         raise ContextLengthError(

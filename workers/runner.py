@@ -29,7 +29,7 @@ class EngineRunner:
         publish: Callable[[StepOutput], None],
         die: Callable[[], None] = lambda: os._exit(1),
         can_step: Callable[[], bool] = lambda: True,
-        reroute_timeout_s: float = 30.0,
+        reroute_timeout_s: float = 60.0,
         turns: Lease | None = None,
     ) -> None:
         """`publish` gets each step's output, in order, on the engine's thread; `die` ends the process at a fault.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from dataclasses import dataclass
 
@@ -120,6 +121,8 @@ class Scheduler:
             num_tokens = _chunk(request, request.num_uncomputed, budget)
             self._pages.reserve(request, num_tokens)
             request.status = Status.RUNNING
+            if request.scheduled is None:
+                request.scheduled = time.monotonic()
             insort(self.running, request, key=_age)
             admitted.add(id(request))
             scheduled.append(Scheduled(request, num_tokens))

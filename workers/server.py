@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 import uuid
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ import grpc.aio
 import msgspec
 
 from cluster.errors import ConfigError, ForetokenError
+from cluster.files import write_whole
 from cluster.protocol import KEEPALIVE, SERVICE, Announcement, EngineState, Launch, WorkerReport
 from workers.auth import TokenCheck, VersionCheck
 from workers.build import BuiltEngine, BuiltExperts, build_engine, build_expert_host
@@ -39,7 +39,7 @@ from workers.streams import StreamService
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 256 << 20
-OPEN_PATIENCE = 2.0  # in `peer_timeout_s`: a peer that was offered a link reads the offer, then comes
+MEET_PATIENCE = 2.0  # in `peer_timeout_s`: a peer that was offered a link reads the offer, then comes
 DRAIN_POLL_S = 0.02
 GRACE_S = 0.2  # for calls under way when the server stops
 # The event loop and the engine share an interpreter: a waiting engine thread must not wait the default 5 ms for it.
@@ -78,7 +78,7 @@ class Worker:
         self._service: Service
         self._control: ControlService | None = None
         if isinstance(built, BuiltExperts):
-            links = LinkServer(launch.tensor_host, OPEN_PATIENCE * launch.peer_timeout_s)
+            links = LinkServer(launch.tensor_host, MEET_PATIENCE * launch.peer_timeout_s)
             self._service = ExpertService(built.host, built.likeness, links, self._worker_id)
             self._control = self._controlled(HeldExperts(built.host))
         else:
@@ -154,22 +154,12 @@ class Worker:
     def _announce(self) -> None:
         if self._launch.announce_path is not None:
             announcement = Announcement(pid=os.getpid(), address=self._address, worker_id=self._worker_id)
-            write_whole(Path(self._launch.announce_path), msgspec.json.encode(announcement))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """A reader finds all of `content` or what was there before; only this user may read it. Raises `ConfigError`."""
-    try:
-        file, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # with mode 0600
-        try:
-            with os.fdopen(file, "wb") as stream:
-                stream.write(content)
-            os.replace(name, path)
-        except OSError:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}", param="announce_path") from error
+            try:
+                write_whole(Path(self._launch.announce_path), msgspec.json.encode(announcement))
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot write {self._launch.announce_path}: {error.strerror}", param="announce_path"
+                ) from error
 
 
 def build(launch: Launch) -> BuiltEngine | BuiltExperts:

@@ -1,9 +1,12 @@
-"""The values passed between the stages of one step. No logic."""
+"""The values passed between the stages of one step."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from cluster.protocol import STEP_TOKEN_BOUNDS
 
 if TYPE_CHECKING:
     import torch
@@ -31,15 +34,22 @@ class StepPlan:
         return sum(item.num_tokens for item in self.scheduled)
 
 
+def counted(counts: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
+    """`EngineState.step_token_counts` with one step more."""
+    place = bisect_left(STEP_TOKEN_BOUNDS, num_tokens)
+    counts = counts or (0,) * (len(STEP_TOKEN_BOUNDS) + 1)
+    return (*counts[:place], counts[place] + 1, *counts[place + 1 :])
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A `StepPlan` as tensors. T tokens of all sequences behind each other, R rows whose logits are needed."""
+    """A `StepPlan` as tensors. T tokens of all sequences behind each other, R rows whose results are needed."""
 
     token_ids: torch.Tensor  # [T] int64
     positions: torch.Tensor  # [T] int64: rotary position = index in the sequence + the request's offset
     kv_slots: torch.Tensor  # [T] int64: page * page_size + offset, where each token's K and V go
     attention: AttentionPlan
-    logit_rows: torch.Tensor  # [R] int64, rows of the T
+    rows: torch.Tensor  # [R] int64, of the T
 
 
 @dataclass(frozen=True, slots=True)

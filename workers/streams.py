@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -32,6 +35,7 @@ from workers.sampling.guided import CompiledGrammar, GrammarCompiler
 log = logging.getLogger(__name__)
 
 MAX_QUEUED_MESSAGES = 16_384  # to one gateway; each is a step's
+STATE_S = 0.1  # between two states on one stream
 STOP_S = 2.0  # for the step that runs when the worker ends
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -41,13 +45,16 @@ _decode_to_worker = msgspec.msgpack.Decoder(ToWorker).decode
 class _Stream:
     """One gateway's open stream: its requests and what is on the way to it."""
 
-    def __init__(self, beat_s: float) -> None:
-        """After `beat_s` without a message it says that the worker lives."""
+    def __init__(self, beat_s: float, state: Callable[[], EngineState]) -> None:
+        """After `beat_s` without a message it says that the worker lives. `state`: the engine's now."""
         self.request_ids: set[str] = set()
         self.compiling: dict[str, asyncio.Task[None]] = {}
         self._outputs: asyncio.Queue[FromWorker | None] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._beat_s = beat_s
+        self._state = state
+        self._told: EngineState | None = None  # and when:
+        self._told_s = float("-inf")
         self._last_s = self._loop.time()
         self._timer = self._loop.call_later(beat_s, self._beat)
 
@@ -66,8 +73,22 @@ class _Stream:
         if silent_s >= self._beat_s:
             silent_s = 0.0
             if self._outputs.empty():
-                self.put(Beat())
+                self.put(Beat(state=self._news()))
         self._timer = self._loop.call_later(self._beat_s - silent_s, self._beat)
+
+    def put_outputs(self, outputs: list[RequestOutput]) -> None:
+        self.put(StepOutput(outputs=outputs, state=self._news()))
+
+    def _news(self) -> EngineState | None:
+        """The engine's state where it has changed since it was told, at most once in `STATE_S`."""
+        now = self._loop.time()
+        if now - self._told_s < STATE_S:
+            return None
+        state = self._state()
+        if state == self._told:
+            return None
+        self._told, self._told_s = state, now
+        return state
 
     def end(self) -> None:
         self._outputs.put_nowait(None)
@@ -99,6 +120,7 @@ class StreamService:
             turns=built.turns,
         )
         self._owners: dict[str, _Stream] = {}
+        self._streams: set[_Stream] = set()
 
     def handlers(self) -> Mapping[str, Any]:
         return {"Stream": grpc.stream_stream_rpc_method_handler(self.stream)}
@@ -115,7 +137,9 @@ class StreamService:
         return self.runner.idle
 
     def state(self) -> EngineState:
-        return msgspec.structs.replace(self.runner.snapshot(), worker_id=self.hello.worker_id)
+        num_compiling = sum(len(stream.compiling) for stream in self._streams)
+        snapshot = self.runner.snapshot()
+        return msgspec.structs.replace(snapshot, worker_id=self.hello.worker_id, num_compiling=num_compiling)
 
     async def close(self) -> None:
         """End the engine's thread, the links to experts, and the processes that check grammars."""
@@ -140,11 +164,12 @@ class StreamService:
                 del self._owners[item.request_id]
                 stream.request_ids.discard(item.request_id)
         for stream, outputs in parts.values():
-            stream.put(StepOutput(outputs=outputs))
+            stream.put_outputs(outputs)
 
     async def stream(self, messages: AsyncIterator[bytes], _context: object) -> AsyncIterator[bytes]:
         """The bidirectional stream: `Hello`, then a `StepOutput` for each step that concerns this gateway."""
-        stream = _Stream(self._beat_s)
+        stream = _Stream(self._beat_s, self.state)
+        self._streams.add(stream)
         reader = asyncio.create_task(self._read(stream, messages))
         try:
             yield _encode(self.hello)
@@ -175,10 +200,12 @@ class StreamService:
             return
         self._owners[submit.request_id] = stream
         stream.request_ids.add(submit.request_id)
+        log.debug("request %.100r came, trace %.100r", submit.request_id, submit.traceparent)
+        arrival = time.monotonic()
         if submit.sampling.grammar is None:
-            self._start(submit, None)
+            self._start(submit, None, arrival)
             return
-        task = asyncio.create_task(self._compile_and_start(submit, submit.sampling.grammar))
+        task = asyncio.create_task(self._compile_and_start(submit, submit.sampling.grammar, arrival))
         stream.compiling[submit.request_id] = task
         task.add_done_callback(lambda _: stream.compiling.pop(submit.request_id, None))
 
@@ -191,18 +218,19 @@ class StreamService:
         output = RequestOutput(request_id=request_id, index=0, finish=Finish(reason="abort"))
         self._dispatch(StepOutput(outputs=[output]))
 
-    async def _compile_and_start(self, submit: Submit, grammar: Grammar) -> None:
+    async def _compile_and_start(self, submit: Submit, grammar: Grammar, arrival: float) -> None:
         try:
             compiled = await asyncio.wrap_future(self._compiler.submit(grammar))
         except Exception as error:
             self._refuse(submit, error)
             return
-        self._start(submit, compiled)
+        self._start(submit, compiled, arrival)
 
-    def _start(self, submit: Submit, compiled: CompiledGrammar | None) -> None:
+    def _start(self, submit: Submit, compiled: CompiledGrammar | None, arrival: float) -> None:
         try:
-            matcher = compiled.matcher() if compiled is not None else None
-            self.runner.submit(self._engine.request_from(submit, matcher))
+            request = self._engine.request_from(submit, compiled.matcher() if compiled is not None else None)
+            request.arrival = arrival  # its grammar's compilation is a part of its wait
+            self.runner.submit(request)
         except Exception as error:
             self._refuse(submit, error)
 
@@ -216,6 +244,7 @@ class StreamService:
     def _close_stream(self, stream: _Stream) -> None:
         """A gateway is gone: whatever it had running is of no use to anybody."""
         stream.close()
+        self._streams.discard(stream)
         for task in list(stream.compiling.values()):
             task.cancel()
         for request_id in stream.request_ids:
@@ -239,4 +268,18 @@ def make_hello(launch: Launch, built: BuiltEngine, worker_id: str) -> Hello:
         num_parameters=built.num_parameters,
         num_experts=spec.moe.num_experts if spec.moe is not None else 0,
         num_layers=len(spec.layers),
+        token_budget=engine.options.scheduler.token_budget,
+        max_num_seqs=engine.options.scheduler.max_num_seqs,
+        prefix_cache=engine.options.prefix_cache,
+        startup_s=process_age_s(),
     )
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started; 0 where the system does not tell. `man 5 proc`, stat."""
+    try:
+        after_name = Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()
+        started_s = int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started_s)
+    except (OSError, AttributeError, ValueError, IndexError):
+        return 0.0

@@ -33,8 +33,8 @@ class PageTable:
         self._prefix_cache = prefix_cache
 
     def uses_prefixes(self, request: Request) -> bool:
-        """Whether the prefix cache may serve this request: its prompt's own logits must not be asked for."""
-        return self._prefix_cache and request.sampling.prompt_logprobs is None
+        """Whether the prefix cache may serve this request: nothing of its prompt but the end must be asked for."""
+        return self._prefix_cache and request.sampling.prompt_logprobs is None and request.pooling != "mean"
 
     def match_prefix(self, request: Request) -> int:
         """Give a request without pages those that the prefix cache has; -> tokens found.

@@ -46,11 +46,19 @@ class Decoder:
         )
 
     def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:
-        """-> logits [R, V] of `batch.logit_rows`, float32. Appends the batch's K and V to `kv`."""
-        hidden = self.hidden(batch, kv)
-        if len(batch.logit_rows) != len(batch.token_ids):
-            hidden = hidden.index_select(0, batch.logit_rows)
+        """-> logits [R, V] of `batch.rows`, float32. Appends the batch's K and V to `kv`."""
+        return self.logits(self.last_hidden(batch, kv))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Last hidden states [R, H] -> logits [R, V], float32."""
         return linear(hidden, self.weights.lm_head, None, self.numerics).float()
+
+    def last_hidden(self, batch: Batch, kv: KVCache) -> torch.Tensor:
+        """-> the last hidden states [R, H] of `batch.rows`. Appends the batch's K and V to `kv`."""
+        hidden = self.hidden(batch, kv)
+        if len(batch.rows) != len(batch.token_ids):
+            hidden = hidden.index_select(0, batch.rows)
+        return hidden
 
     def hidden(self, batch: Batch, kv: KVCache) -> torch.Tensor:
         """-> the last hidden states [T, H], normalised."""

@@ -34,7 +34,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 class Run:
     """An engine and everything that it said."""
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, num_pages: int = 64, **options: object) -> None:
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, num_pages: int = 64, page_size: int = 16, **options: object
+    ) -> None:
         self.engine = Engine(
             decoder,
             tokenizer,
@@ -42,7 +44,7 @@ class Run:
             EngineOptions(
                 max_model_len=256,
                 num_pages=num_pages,
-                page_size=16,
+                page_size=page_size,
                 prefix_cache=bool(options.pop("prefix_cache", True)),
                 scheduler=SchedulerOptions(**options),  # type: ignore[arg-type]
             ),
@@ -336,7 +338,7 @@ def test_a_step_that_fails_ends_its_requests_alone(
     run.submit("waits", prompt(20, seed=2), 4)
     run.step()
     with monkeypatch.context() as patch:
-        patch.setattr(run.engine.decoder, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
+        patch.setattr(run.engine.decoder, "last_hidden", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
         run.step()
     assert run.reason("x") == "error"
     run.finish()
@@ -415,12 +417,12 @@ def test_a_prompt_with_logprobs_is_computed_in_bounded_parts(decoder: Decoder, t
     run = Run(decoder, tokenizer)
     run.submit("x", prompt(200), 1, prompt_logprobs=1)
     rows = []
-    forward = run.engine.decoder.forward
-    run.engine.decoder.forward = lambda batch, kv: rows.append(len(batch.logit_rows)) or forward(batch, kv)  # type: ignore[method-assign,func-returns-value,assignment]
+    last_hidden = run.engine.decoder.last_hidden
+    run.engine.decoder.last_hidden = lambda batch, kv: rows.append(len(batch.rows)) or last_hidden(batch, kv)  # type: ignore[method-assign,func-returns-value,assignment]
     try:
         run.finish()
     finally:
-        del run.engine.decoder.forward
+        del run.engine.decoder.last_hidden
     assert rows == [128, 72]
     assert run.outputs["x"][0].prompt_logprobs is not None
     assert len(run.outputs["x"][0].prompt_logprobs) == 200

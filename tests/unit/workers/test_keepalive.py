@@ -103,6 +103,8 @@ class _Owner:
 
     def received(self, output: RequestOutput) -> None: ...
 
+    def told(self, state: EngineState) -> None: ...
+
     def lost(self) -> None:
         self.was_lost.set()
 

@@ -7,6 +7,7 @@ import contextlib
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,8 @@ import pytest
 
 from cluster.errors import PeerLostError, PeerRefusedError
 from cluster.protocol import LINK_METHOD, SERVICE, Launch, Likeness, LinkOffer, OpenLink, Peer
-from tests.support.worker_process import DEADLINE_S, POLL_S, bearer
+from tests.support.eventually import eventually
+from tests.support.worker_process import DEADLINE_S, bearer
 from workers.auth import TokenCheck, VersionCheck
 from workers.experts.exchange import LinkClient
 from workers.links import MAX_PENDING_LINKS, ExpertService, link_opener
@@ -40,15 +42,27 @@ class FakeLinks:
     links: dict[str, FakeLink] = field(default_factory=dict)
     failure: Exception | None = None
 
-    def offer(self) -> LinkOffer:
-        return LinkOffer(host="here", port=7)
+    cannot_listen: bool = False
 
-    def accept(self, link_id: str) -> FakeLink:
-        assert self.come.wait(DEADLINE_S)
-        if self.failure is not None:
-            raise self.failure
-        self.links[link_id] = FakeLink()
-        return self.links[link_id]
+    def meet(self, link_id: str, address: bytes) -> FakeMeeting:
+        return FakeMeeting(self, link_id, address)
+
+
+class FakeMeeting:
+    def __init__(self, links: FakeLinks, link_id: str, theirs: bytes) -> None:
+        self._links, self._link_id = links, link_id
+        self.address: Future[bytes] = Future()
+        if links.cannot_listen:
+            self.address.set_exception(PeerLostError("it cannot listen"))
+        else:
+            self.address.set_result(b"here, for " + theirs)
+
+    def link(self) -> FakeLink:
+        assert self._links.come.wait(DEADLINE_S)
+        if self._links.failure is not None:
+            raise self._links.failure
+        self._links.links[self._link_id] = FakeLink()
+        return self._links.links[self._link_id]
 
 
 @dataclass
@@ -74,9 +88,7 @@ class Served:
     host: FakeHost
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            while not condition():
-                await asyncio.sleep(POLL_S)
+        await eventually(condition)
 
 
 @contextlib.asynccontextmanager
@@ -98,15 +110,16 @@ async def serving(token: str | None = None, likeness: Likeness = LIKENESS) -> As
             await server.stop(None)
 
 
-async def ask(served: Served, body: bytes | None = None, token: str | None = None, **request: str) -> LinkOffer:
-    message = OpenLink(likeness=LIKENESS, **({"link_id": "a", "from_name": "attention-0"} | request))
+async def ask(served: Served, body: bytes | None = None, token: str | None = None, **request: Any) -> LinkOffer:
+    asked = {"link_id": "a", "from_name": "attention-0", "address": b"there"} | request
+    message = OpenLink(likeness=LIKENESS, **asked)
     async with grpc.aio.insecure_channel(served.address) as channel:
         call = channel.unary_unary(LINK_METHOD)
         answer = await call(body or msgspec.msgpack.encode(message), timeout=DEADLINE_S, metadata=bearer(token))
     return msgspec.msgpack.decode(answer, type=LinkOffer)
 
 
-async def refused(served: Served, body: bytes | None = None, **request: str) -> grpc.StatusCode:
+async def refused(served: Served, body: bytes | None = None, **request: Any) -> grpc.StatusCode:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await ask(served, body, **request)
     return caught.value.code()
@@ -116,7 +129,7 @@ def test_a_link_is_offered_served_and_closed() -> None:
     async def run() -> None:
         async with serving() as served:
             assert served.service.idle
-            assert await ask(served, worker_id="me") == LinkOffer(host="here", port=7)
+            assert await ask(served, worker_id="me") == LinkOffer(address=b"here, for there")
             assert not served.service.idle
             served.links.come.set()
             await served.until(served.host.serving.is_set)
@@ -134,10 +147,24 @@ def test_what_is_no_request_for_this_worker_is_refused() -> None:
             assert await refused(served, b"\xc1") == grpc.StatusCode.INVALID_ARGUMENT
             assert await refused(served, link_id="") == grpc.StatusCode.INVALID_ARGUMENT
             assert await refused(served, link_id="x" * 1000) == grpc.StatusCode.INVALID_ARGUMENT
+            assert await refused(served, address=b"") == grpc.StatusCode.INVALID_ARGUMENT
+            assert await refused(served, address=b"x" * 5000) == grpc.StatusCode.INVALID_ARGUMENT
             assert await refused(served, worker_id="before me") == grpc.StatusCode.NOT_FOUND
             served.service.drain()
             assert await refused(served) == grpc.StatusCode.UNAVAILABLE
             assert served.service.idle
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_cannot_listen_says_so_to_who_asked() -> None:
+    async def run() -> None:
+        async with serving() as served:
+            served.links.cannot_listen = True
+            served.links.failure = PeerLostError("it cannot listen")
+            served.links.come.set()
+            assert await refused(served) == grpc.StatusCode.INTERNAL
+            await served.until(lambda: served.service.idle)
 
     asyncio.run(run())
 
@@ -188,7 +215,7 @@ def opener(token: str | None = None, likeness: Likeness = LIKENESS) -> Callable[
         served_name="",
         name="attention-7",
         token=token,
-        tensor_host="there",
+        tensor_host="127.0.0.1",
         peer_timeout_s=5,
     )
     return link_opener(launch, likeness)
@@ -198,7 +225,12 @@ def test_an_attention_worker_asks_for_a_link_and_meets_its_peer(monkeypatch: pyt
     clients: list[tuple[Any, ...]] = []
     met: list[tuple[Any, ...]] = []
     monkeypatch.setattr(LinkClient, "__init__", lambda _, *values: clients.append(values))
-    monkeypatch.setattr(LinkClient, "connect", lambda _, *values: met.append(values) or "a link")
+
+    def connect(_: LinkClient, link_id: str, exchange: Callable[[bytes], bytes]) -> str:
+        met.append((link_id, exchange(b"there")))
+        return "a link"
+
+    monkeypatch.setattr(LinkClient, "connect", connect)
 
     async def run() -> None:
         async with serving(token="s3cret") as served:
@@ -207,8 +239,8 @@ def test_an_attention_worker_asks_for_a_link_and_meets_its_peer(monkeypatch: pyt
             served.links.come.set()
             served.host.stop.set()
             await served.until(lambda: served.service.idle)
-            ((offer, link_id),) = met
-            assert (offer, clients) == (LinkOffer(host="here", port=7), [("there", 5)])
+            ((link_id, address),) = met
+            assert (address, clients) == (b"here, for there", [("127.0.0.1", 5)])
             assert list(served.links.links) == [link_id]  # both have the same name for it
             assert len(link_id) >= 32
 
@@ -243,7 +275,7 @@ def test_a_peer_that_gives_no_link_is_lost() -> None:
 def test_who_would_compute_something_else_gets_no_link_and_hears_what_differs(
     field: str, value: str, numerics: str, is_refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LinkClient, "connect", lambda _, *values: "a link")
+    monkeypatch.setattr(LinkClient, "connect", lambda _, __, exchange: exchange(b"there") and "a link")
     ours = msgspec.structs.replace(LIKENESS, numerics=numerics)
     theirs = msgspec.structs.replace(ours, **{field: value})
 
