@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Any
 
@@ -14,9 +15,10 @@ from cluster.store.records import ClusterStatus, NodeStatus, WorkerStatus
 from tests.browser.conftest import MODEL, OpenGateway
 from tests.support.browser import Page
 
-pytestmark = [pytest.mark.anyio, pytest.mark.needs("chromium"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.anyio, pytest.mark.needs("chromium"), pytest.mark.timeout(240)]
 
 MARKUP = "<img src=x onerror=alert(1)>"  # a name is text, whatever it looks like
+OLD = "[...document.querySelectorAll('#live, #cluster')].map((part) => part.className)"
 LONG = "a-node-whose-name-is-as-long-as-those-of-a-cloud.eu-central-1.compute.internal"
 
 
@@ -139,8 +141,9 @@ async def test_it_follows_the_cluster(page: Page, open_gateway: OpenGateway) -> 
         assert await page.evaluate(drawn) == "M0 0h4v1h-4zM0 2h4v1h-4z"
         await page.until("document.querySelectorAll('#shards > li').length === 1")
         assert not page.complaints
-        parts = {"", "cluster", "dashboard/page.css", "dashboard/page.js", "dashboard/icon.svg"}
-        assert {"", "cluster"} <= {request.removeprefix(address) for request in page.requests} <= parts
+        asked = {request.removeprefix(address) for request in page.requests}
+        assert {"", "cluster", "v1/capabilities"} <= asked
+        assert all(re.fullmatch(r"|cluster|v1/capabilities|dashboard/\w+\.(js|css|svg)", path) for path in asked)
 
 
 async def test_old_news_is_called_old(page: Page, open_gateway: OpenGateway) -> None:
@@ -153,22 +156,27 @@ async def test_old_news_is_called_old(page: Page, open_gateway: OpenGateway) -> 
         assert await page.evaluate(tile("Tokens a second")) == "–"
         for node in await texts(page, "#nodes > li"):
             assert "/s" not in node
-        assert await page.evaluate("document.querySelector('main').className") == "old"
+        assert await page.evaluate(OLD) == ["old", "old"]
+        assert await texts(page, "#connection") == ["old numbers"]
         script.silent_s = 0
         await page.until("document.querySelector('#warnings').innerText === ''")
         await page.until(f"{tile('Tokens a second')} === '2,000'")
-        assert await page.evaluate("document.querySelector('main').className") == ""
+        assert await page.evaluate(OLD) == ["", ""]
+        assert await texts(page, "#connection") == ["live"]
     await page.until("document.querySelector('#warnings').innerText.includes('gateway does not answer')")
     assert len(await texts(page, "#workers tr")) == 4
+    assert await page.evaluate(OLD) == ["old", "old"]
+    assert await texts(page, "#connection") == ["not connected"]
 
 
-@pytest.mark.parametrize("width", [420, 1000])
-async def test_it_fits_a_small_screen(page: Page, open_gateway: OpenGateway, width: int) -> None:
+@pytest.mark.parametrize("width", [360, 700, 1000, 1600])
+async def test_it_fits_the_screen(page: Page, open_gateway: OpenGateway, width: int) -> None:
     await page.emulate(width, 800, "dark")
     async with open_gateway(Script()) as address:
         await visit(page, address)
         await page.until("document.querySelectorAll('#workers tr').length === 4")
-        shown = "[...document.querySelectorAll('main :not(thead, thead *)')]"
+        hidden = "thead, thead *, .unseen" if width < 1024 else ".unseen"
+        shown = f"[...document.querySelectorAll('main :not({hidden})')]"
         inside = f"{shown}.every((x) => x.getBoundingClientRect().right <= {width})"
         assert await page.evaluate(inside), "something sticks out"
         assert await page.evaluate("document.documentElement.scrollWidth") <= width
@@ -182,13 +190,9 @@ async def test_the_keyboard_gets_to_the_numbers(page: Page, open_gateway: OpenGa
     async with open_gateway(Script()) as address:
         await visit(page, address)
         await page.until("document.querySelectorAll('#workers tr').length === 4")
-        for key, code in (("Tab", 9), ("Enter", 13)):
-            for kind in ("keyDown", "keyUp"):
-                text = "\r" if key == "Enter" and kind == "keyDown" else ""
-                await page.send(
-                    "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text
-                )
-            if key == "Tab":
-                assert await page.evaluate("document.activeElement.className") == "skip"
-                assert await page.evaluate("document.activeElement.getBoundingClientRect().left") >= 0
-        await page.until("document.activeElement.id === 'main'")
+        for place in ("message", "live"):
+            await page.press("Tab")
+            skip = "[document.activeElement.hash, document.activeElement.getBoundingClientRect().left >= 0]"
+            assert await page.evaluate(skip) == [f"#{place}", True]
+        await page.press("Enter")
+        await page.until("document.activeElement.id === 'live'")

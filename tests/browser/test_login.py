@@ -12,7 +12,7 @@ from cluster.gateway.status import LastStatus
 from tests.browser.conftest import OpenGateway
 from tests.support.browser import DEADLINE_S, Page
 
-pytestmark = [pytest.mark.anyio, pytest.mark.needs("chromium"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.anyio, pytest.mark.needs("chromium"), pytest.mark.timeout(240)]
 
 KEY = "a-key-of-the-browser's".replace("'", "_")
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
     "--headless=new",
@@ -34,6 +34,13 @@ FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--remote-debugging-port=0",
 )
+KEYS = {  # its Windows code, and what it writes
+    "Tab": (9, ""),
+    "Enter": (13, "\r"),
+    "Escape": (27, ""),
+    "ArrowRight": (39, ""),
+    "ArrowLeft": (37, ""),
+}
 LISTENS = re.compile(rb"DevTools listening on (ws://\S+)")
 
 
@@ -99,15 +106,26 @@ class Page:
             text = await self.evaluate("document.body.innerText")
             raise TimeoutError(f"the page never came to {condition}; it shows:\n{text}") from None
 
+    async def press(self, key: str, *, shift: bool = False) -> None:
+        """A key of `KEYS`, as somebody at a keyboard presses it."""
+        code, text = KEYS[key]
+        keys: dict[str, Any] = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 8 if shift else 0}
+        await self.send("Input.dispatchKeyEvent", type="keyDown", text=text, **keys)
+        await self.send("Input.dispatchKeyEvent", type="keyUp", **keys)
+
+    async def type(self, text: str) -> None:
+        """Into what has the focus."""
+        await self.send("Input.insertText", text=text)
+
     async def emulate(self, width: int, height: int, scheme: str = "light") -> None:
         await self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
         )
         await self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
-    async def screenshot(self) -> bytes:
-        """All of the document as PNG."""
-        answer = await self.send("Page.captureScreenshot", captureBeyondViewport=True)
+    async def screenshot(self, *, is_whole: bool = True) -> bytes:
+        """All of the document, or what is in view, as PNG."""
+        answer = await self.send("Page.captureScreenshot", captureBeyondViewport=is_whole, optimizeForSpeed=False)
         return base64.b64decode(answer["data"])
 
 
@@ -129,6 +147,7 @@ async def open_page() -> AsyncIterator[Page]:
                 page.session_id = attached["sessionId"]
                 for domain in ("Page", "Runtime", "Network", "Log"):
                     await page.send(f"{domain}.enable")
+                await page.send("Emulation.setScrollbarsHidden", hidden=True)  # they would be cut out of a picture
                 yield page
                 listening.cancel()
                 await asyncio.gather(listening, return_exceptions=True)

@@ -1,4 +1,7 @@
-"""The page at ``/``: one static page that asks `GET /cluster` every second. No build step, nothing from elsewhere."""
+"""The page at ``/``: a playground and the live numbers of `GET /cluster`, asked for every second.
+
+Static files, ES modules among them. No build step, nothing from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 FOLDER = Path(__file__).parent
-FILES = {  # path -> file and its type
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/dashboard/page.css": ("page.css", "text/css; charset=utf-8"),
-    "/dashboard/page.js": ("page.js", "text/javascript; charset=utf-8"),
-    "/dashboard/icon.svg": ("icon.svg", "image/svg+xml"),
+PAGE = "index.html"
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
 }
 HEADERS = {
     "content-security-policy": (
@@ -29,8 +33,10 @@ HEADERS = {
 def page_routes() -> APIRouter:
     """The page and its files, read once."""
     router = APIRouter()
-    for path, (name, media_type) in FILES.items():
-        router.add_api_route(path, _sender((FOLDER / name).read_bytes(), media_type), methods=["GET"])
+    for file in sorted(FOLDER.iterdir()):
+        if file.suffix in TYPES:
+            path = "/" if file.name == PAGE else f"/dashboard/{file.name}"
+            router.add_api_route(path, _sender(file.read_bytes(), TYPES[file.suffix]), methods=["GET"])
     return router
 
 
