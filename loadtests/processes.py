@@ -156,6 +156,7 @@ class Server:
     base_url: str
     model: str
     first_token_s: float | None = None  # from the command to the first token, where it was ours to start
+    pid: int | None = None  # of its gateway's process, likewise
 
 
 @contextlib.contextmanager
@@ -250,4 +251,4 @@ def own_server(
     started = time.perf_counter()
     with Child("foretoken serve", python_command("cluster.cli", "serve", *arguments), env or environment()) as child:
         name = wait_for_first_token(child, base_url, prompt_ids, deadline_s)
-        yield Server(base_url, name, time.perf_counter() - started)
+        yield Server(base_url, name, time.perf_counter() - started, child.pid)

@@ -10,16 +10,12 @@ import argparse
 import contextlib
 import importlib.util
 import os
-import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, NoReturn
-
-from rich.console import Console
+from typing import Any, Literal
 
 from cluster.config import load as load_settings
 from cluster.control.launch import worker_environment
@@ -31,6 +27,7 @@ from loadtests.peers.llama_cpp import BODY as LLAMA_BODY
 from loadtests.peers.llama_cpp import LlamaCpp, llama_server
 from loadtests.processes import BenchError, LineProcess, Server, counters, served_model, started_together
 from loadtests.report import Row, print_table, write_json
+from loadtests.running import ended_by_sigterm, progress
 from loadtests.runs import (
     BENCH,
     NUM_REQUESTS,
@@ -318,35 +315,17 @@ def parse(argv: list[str]) -> Options:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the bench, print its table, write its JSON; 0 when it ran, whatever it found."""
-    before = signal.signal(signal.SIGTERM, _terminate)  # so that what we started is ended
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
-        with _progress() as say:
+        with ended_by_sigterm(), progress() as say:
             rows = run(options, say)
     except (BenchError, ForetokenError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
     print_table(rows)
     if options.json_path is not None:
         write_json(rows, options.json_path)
     return 0
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Says what runs: one changing line on a terminal, lines otherwise; on stderr."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda text: print(text, file=sys.stderr, flush=True)
-        return
-    with console.status("") as status:
-        yield status.update
 
 
 if __name__ == "__main__":
