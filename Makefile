@@ -5,6 +5,7 @@
 #   make test ARGS="-k config -x"  arguments for pytest; likewise for serve, bench, cluster-demo
 #   make cluster-demo              a cluster on this machine, two of its workers killed in mid-stream (half a minute)
 #   make measurements              docs/measurements/README.md again from the JSON files there
+#   make picture                   docs/images/page.png again, of a cluster on this machine (needs Chromium)
 #   make lock                      write requirements.lock again from pyproject.toml
 
 # the first whose packages requirements.lock holds; without one CHECK_PYTHON says what python3 is, and what to do
@@ -17,7 +18,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --no-input
 STAMP := $(VENV)/.installed-torch-$(TORCH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format bench cluster-demo measurements lock clean
+.PHONY: help setup serve test lint format bench cluster-demo measurements picture lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -68,6 +69,9 @@ cluster-demo: setup
 
 measurements: setup
 	$(VENV)/bin/python -m loadtests.pages docs/measurements
+
+picture: setup
+	$(VENV)/bin/python -m tests.browser.picture docs/images/page.png $(ARGS)
 
 lint: setup
 	$(VENV)/bin/ruff format --check .

@@ -4,7 +4,6 @@ that ``foretoken --help`` is quick.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 
 from cluster.config import ENV_PREFIX, Settings, flag_name, load
 from cluster.errors import ForetokenError
+from cluster.version import version as installed_version
 
 app = typer.Typer(
     name="foretoken",
@@ -56,6 +56,7 @@ StartTimeout = Annotated[float | None, _setting("start_timeout_s")]
 RequestTimeout = Annotated[float | None, _setting("request_timeout_s")]
 MaxOpenRequests = Annotated[int | None, _setting("max_open_requests")]
 MaxOpenRequestsPerTenant = Annotated[int | None, _setting("max_open_requests_per_tenant")]
+MaxTTFT = Annotated[float | None, _setting("max_ttft_s")]
 MaxConnections = Annotated[int | None, _setting("max_connections")]
 ApiKey = Annotated[str | None, _setting("api_key")]
 ApiKeyFile = Annotated[Path | None, _setting("api_key_file")]
@@ -77,13 +78,15 @@ ClusterName = Annotated[str | None, _setting("cluster_name")]
 StoreUrl = Annotated[str | None, _setting("store")]
 LogLevel = Annotated[str | None, _setting("log_level")]
 LogFormat = Annotated[str | None, _setting("log_format")]
+VLLMMetrics = Annotated[bool | None, _setting("vllm_metrics", switch=True)]
+OTLPTracesEndpoint = Annotated[str | None, _setting("otlp_traces_endpoint")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one line of JSON on stdout")]
 
 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
-        print(f"foretoken {importlib.metadata.version('foretoken')}")
+        print(f"foretoken {installed_version()}")
         raise typer.Exit
 
 
@@ -112,6 +115,7 @@ def serve(
     request_timeout_s: RequestTimeout = None,
     max_open_requests: MaxOpenRequests = None,
     max_open_requests_per_tenant: MaxOpenRequestsPerTenant = None,
+    max_ttft_s: MaxTTFT = None,
     max_connections: MaxConnections = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
@@ -121,6 +125,8 @@ def serve(
     config: Config = None,
     log_level: LogLevel = None,
     log_format: LogFormat = None,
+    vllm_metrics: VLLMMetrics = None,
+    otlp_traces_endpoint: OTLPTracesEndpoint = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible API."""
     settings = load({name: value for name, value in context.params.items() if name != "config"}, config)
@@ -195,6 +201,16 @@ def bench_serve(context: typer.Context) -> None:
     raise typer.Exit(bench_main(context.args))
 
 
+@bench.command(
+    "api", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def bench_api(context: typer.Context) -> None:
+    """Ask for all that users of the API expect, and measure what it costs beside the model's work."""
+    from loadtests.api import main as bench_main
+
+    raise typer.Exit(bench_main(context.args))
+
+
 @kernels.command("build")
 def kernels_build(home: Home = None, config: Config = None) -> None:
     """Compile the CPU kernels for this machine now, rather than at the first start; print where they are."""
@@ -241,6 +257,7 @@ def cluster_up(
     request_timeout_s: RequestTimeout = None,
     max_open_requests: MaxOpenRequests = None,
     max_open_requests_per_tenant: MaxOpenRequestsPerTenant = None,
+    max_ttft_s: MaxTTFT = None,
     max_connections: MaxConnections = None,
     api_key: ApiKey = None,
     api_key_file: ApiKeyFile = None,
@@ -250,6 +267,8 @@ def cluster_up(
     config: Config = None,
     log_level: LogLevel = None,
     log_format: LogFormat = None,
+    vllm_metrics: VLLMMetrics = None,
+    otlp_traces_endpoint: OTLPTracesEndpoint = None,
 ) -> None:
     """Start a cluster and keep it up until it is stopped: Ctrl-C, or `cluster down` from elsewhere."""
     settings = load({name: value for name, value in context.params.items() if name != "config"}, config)

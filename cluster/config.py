@@ -29,11 +29,12 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from cluster.errors import ConfigError
-from cluster.silence import least_orphan_s
+from cluster.silence import least_orphan_s, least_reroute_s
 
 ENV_PREFIX = "FORETOKEN_"
 FORMS = {  # what the pattern of a field asks for
     "device": "must be auto, cpu, cuda or cuda:<i>",
+    "otlp_traces_endpoint": "must be a URL that begins with http:// or https://, without a user or password",
     "cluster_name": "must be letters a-z, digits and -, at most 40 in all, with no - at either end",
 }
 STORE_FORM = (
@@ -97,6 +98,12 @@ class Settings(BaseSettings):
     max_open_requests_per_tenant: int = Field(
         0, ge=0, description="requests at once of one tenant; 0: as many as of all"
     )
+    max_ttft_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="a request whose first token is predicted to come later is told to come back; none: no bound",
+    )
     max_connections: int = Field(4096, ge=1, le=1 << 20, description="connections at once, with requests or without")
     api_key: SecretStr | None = Field(
         None,
@@ -143,7 +150,9 @@ class Settings(BaseSettings):
     advertise: str | None = Field(None, description="address that others reach this process at; none: found")
     lease_s: float = Field(1.0, ge=0.3, le=600, description="a worker that is silent for this long is lost")
     peer_timeout_s: float = Field(2.0, gt=0, le=600, description="a worker waits this long for another's answer")
-    reroute_timeout_s: float = Field(30.0, gt=0, le=3600, description="requests wait this long for lost experts")
+    reroute_timeout_s: float = Field(
+        60.0, gt=0, le=86400, description="requests wait this long for lost experts (at least 20, and 7 leases more)"
+    )
     orphan_timeout_s: float = Field(
         60.0, gt=0, le=86400, description="a worker without a controller ends after this (at least 20, and 15 leases)"
     )
@@ -151,6 +160,13 @@ class Settings(BaseSettings):
     # what it says
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
     log_format: Literal["text", "json"] = Field("text", description="lines for people, or one JSON object a line")
+    vllm_metrics: bool = Field(False, description="metrics that vLLM has too are there under its names as well")
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s@]+$",
+        description="URL that traces go to by OTLP over HTTP, such as http://localhost:4318/v1/traces; none: as "
+        "OTEL_EXPORTER_OTLP_ENDPOINT says, or nowhere",
+    )
 
     _origins: Mapping[str, str] = PrivateAttr(default_factory=dict)
 
@@ -162,21 +178,25 @@ class Settings(BaseSettings):
         return url
 
     @model_validator(mode="after")
-    def _check_orphan_timeout(self) -> Self:
-        least_s = least_orphan_s(self.lease_s)
-        if self.orphan_timeout_s < least_s:
-            raise PydanticCustomError(
-                CONTRADICTION,
-                "{name} = {value} must be at least {least} where {other} = {other_value}: a controller that hangs must "
-                "be noticed, and the next one there, before workers end themselves",
-                {
-                    "name": "orphan_timeout_s",
-                    "value": f"{self.orphan_timeout_s:g}",
-                    "least": f"{least_s:g}",
-                    "other": "lease_s",
-                    "other_value": f"{self.lease_s:g}",
-                },
-            )
+    def _check_times(self) -> Self:
+        for name, least_s, before in (
+            ("orphan_timeout_s", least_orphan_s(self.lease_s), "workers end themselves"),
+            ("reroute_timeout_s", least_reroute_s(self.lease_s), "requests give up on experts that it has loaded"),
+        ):
+            if getattr(self, name) < least_s:
+                raise PydanticCustomError(
+                    CONTRADICTION,
+                    "{name} = {value} must be at least {least} where {other} = {other_value}: a controller that hangs "
+                    "must be noticed, and the next one there, before {before}",
+                    {
+                        "name": name,
+                        "value": f"{getattr(self, name):g}",
+                        "least": f"{least_s:g}",
+                        "other": "lease_s",
+                        "other_value": f"{self.lease_s:g}",
+                        "before": before,
+                    },
+                )
         return self
 
     def describe(self) -> list[Setting]:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 SERVICE = "foretoken.Worker"
 STREAM_METHOD = f"/{SERVICE}/Stream"  # ToWorker stream -> FromWorker stream
 STATE_METHOD = f"/{SERVICE}/State"  # empty -> EngineState
@@ -32,7 +32,10 @@ KEEPALIVE = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # a server hangs up on who pings more often
 )
 
+STEP_TOKEN_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # of `step_token_counts`
+
 Role = Literal["all", "attention", "expert"]  # all: attention with every expert beside it
+Pooling = Literal["last", "mean"]  # of a prompt's final hidden states: its last token's, or the mean of all
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -75,7 +78,7 @@ class Launch(Message, frozen=True):
     tensor_host: str = "127.0.0.1"  # address of the interface that tensor links use
     heartbeat_s: float = 0.1  # between two reports, and between two beats on a silent stream
     peer_timeout_s: float = 2.0  # for a peer's answer, besides what its work takes
-    reroute_timeout_s: float = 30.0  # a step waits so long for experts that nobody holds; then its requests fail
+    reroute_timeout_s: float = 60.0  # a step waits so long for experts that nobody holds; then its requests fail
     orphan_timeout_s: float | None = None  # it ends itself when no controller was there for so long; None: never
     # It ends itself when its engine's thread neither finished a layer nor looked for work for so long, and for as long
     # as it waits for an expert worker besides: a layer of a full step takes it seconds at most on whatever is worth
@@ -173,6 +176,8 @@ class Submit(Message, frozen=True, tag="submit"):
     priority: int = 0  # lower is sooner
     deadline_s: float | None = None  # seconds from receipt
     cache_salt: str = ""  # tenants with different salts share no prefix pages
+    pooling: Pooling | None = None  # embed the prompt instead of going on with it; `max_tokens` is 0 then
+    traceparent: str = ""  # W3C trace context of the request that this is a part of
 
 
 class Abort(Message, frozen=True, tag="abort"):
@@ -207,6 +212,10 @@ class Hello(Message, frozen=True, tag="hello"):
     num_parameters: int
     num_experts: int  # a layer; 0: dense
     num_layers: int
+    token_budget: int  # tokens of a step at most
+    max_num_seqs: int  # sequences that run at once at most
+    prefix_cache: bool = True
+    startup_s: float = 0.0  # from the process's start until it served; 0: not known
 
 
 class TopLogprob(Message, frozen=True, array_like=True):
@@ -244,6 +253,9 @@ class RequestOutput(Message, frozen=True):
     logprobs: list[TokenLogprobs] = []  # one a token, where asked for
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, with the first output; None for the first token
     cached_tokens: int = 0  # of the prompt, found in the prefix cache (with the first output)
+    embedding: bytes = b""  # with `pooling`: [hidden] float32, little-endian, of L2 norm 1
+    queue_s: float | None = None  # with the first output: from receipt until it was in a step first
+    prefill_s: float | None = None  # and from there until this output
     finish: Finish | None = None
 
 
@@ -251,6 +263,7 @@ class StepOutput(Message, frozen=True, tag="step"):
     """All that one step produced for one gateway."""
 
     outputs: list[RequestOutput] = []
+    state: EngineState | None = None  # now and then: what changed since it was told last
 
 
 class Beat(Message, frozen=True, tag="beat"):
@@ -258,6 +271,8 @@ class Beat(Message, frozen=True, tag="beat"):
 
     It vouches for the engine too: a worker whose engine's thread hangs ends itself (`stuck_after_s`).
     """
+
+    state: EngineState | None = None  # as in `StepOutput`
 
 
 FromWorker = Hello | StepOutput | Beat
@@ -269,6 +284,8 @@ class EngineState(Message, frozen=True):
     worker_id: str = ""
     num_running: int = 0
     num_waiting: int = 0
+    num_compiling: int = 0  # sequences that wait for their grammar to be compiled
+    prompt_tokens_ahead: int = 0  # of sequences that run or wait, not computed yet
     pages_total: int = 0
     pages_free: int = 0  # free or only kept for the prefix cache
     prompt_tokens: int = 0  # counter: computed prompt tokens
@@ -281,6 +298,7 @@ class EngineState(Message, frozen=True):
     forward_s: float = 0.0  # counter: seconds inside the model
     step_s: float = 0.0  # counter: seconds inside `Engine.step`
     sequence_steps: int = 0  # counter: sequences of all steps
+    step_token_counts: tuple[int, ...] = ()  # counters: steps of up to STEP_TOKEN_BOUNDS[i] tokens, then of more
     expert_calls: int = 0  # counter: an expert worker's calls from attention workers
     expert_rows: int = 0  # counter: (token, choice) rows that it computed
     expert_s: float = 0.0  # counter: seconds in which it computed them
@@ -355,17 +373,17 @@ class Likeness(Message, frozen=True):
 
 
 class OpenLink(Message, frozen=True):
-    """Ask for a tensor link: both then meet under `link_id` in the store that the offer names.
+    """Ask for a tensor link, over which both then meet: each at the other's address.
 
     An expert worker that is unlike refuses as FAILED_PRECONDITION, in words that name both.
     """
 
-    link_id: str  # unique, not to be guessed
+    link_id: str  # unique
     from_name: str
     likeness: Likeness  # of who asks
+    address: bytes  # where who asks listens, as gloo says it to gloo
     worker_id: str = ""  # of the process that is meant; another one at its address refuses; empty: any
 
 
 class LinkOffer(Message, frozen=True):
-    host: str
-    port: int
+    address: bytes  # where the expert worker listens, as gloo says it to gloo

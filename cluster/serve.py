@@ -15,8 +15,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 from pydantic import SecretStr
@@ -37,6 +38,9 @@ from cluster.gateway.status import PoolStatus, StatusSource
 from cluster.machine import this_machine
 from cluster.protocol import Hello
 
+if TYPE_CHECKING:
+    from cluster.gateway.tracing import Tracing
+
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
@@ -44,6 +48,7 @@ SPARE_FILES = 256  # of what a process may open, beside its clients' connections
 HTTP_STOP_TIMEOUT_S = 3  # a connection that is still open then is cut
 WORKER_STOP_TIMEOUT_S = 5.0  # it has nothing left to run by then
 EXIT_AT_ONCE = 130  # as a shell shows an interrupt
+OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -193,7 +198,7 @@ async def serve_http(
     from cluster.gateway.app import create_app
     from cluster.gateway.connection import server_config
 
-    app = create_app(gateway_settings(settings, model), pool, status)
+    app = create_app(gateway_settings(settings, model), pool, status, tracing(settings, os.environ))
     gateway = app.state.gateway
     max_connections = connection_bound(settings.max_connections)
     server = _Server(
@@ -229,11 +234,24 @@ def gateway_settings(settings: Settings, model: Model) -> GatewaySettings:
         drain_timeout_s=settings.drain_timeout_s,
         max_open_requests=settings.max_open_requests,
         max_open_requests_per_tenant=settings.max_open_requests_per_tenant,
+        max_ttft_s=settings.max_ttft_s,
+        vllm_metrics=settings.vllm_metrics,
         keys=keys_of(settings),
         share_prefix_cache=settings.share_prefix_cache,
         tool_parser=settings.tool_parser,
         reasoning_parser=settings.reasoning_parser,
     )
+
+
+def tracing(settings: Settings, environment: Mapping[str, str]) -> Tracing:
+    """Where traces go, by our setting or OpenTelemetry's own variables. Raises `ConfigError` where they cannot."""
+    from cluster.gateway.tracing import NO_TRACING, open_tracing
+
+    is_off = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    is_off = is_off or environment.get("OTEL_TRACES_EXPORTER") == "none"
+    if settings.otlp_traces_endpoint is None and (is_off or not any(environment.get(name) for name in OTLP_ENDPOINTS)):
+        return NO_TRACING
+    return open_tracing(settings.otlp_traces_endpoint)
 
 
 def on_signals(stop: asyncio.Event, at_once: Callable[[], None]) -> None:

@@ -39,6 +39,15 @@ def _demo() -> str:
     return "" if model.is_file() else "the demo model is not in workers/demo/model"
 
 
+def _opentelemetry() -> str:
+    try:
+        import opentelemetry.exporter.otlp.proto.http
+        import opentelemetry.sdk.trace  # noqa: F401
+    except ImportError as error:
+        return f"OpenTelemetry's packages are not all installed: {error.name}"
+    return ""
+
+
 def _traces() -> str:
     from cluster.config import load
 
@@ -57,9 +66,11 @@ MISSING: dict[str, Callable[[], str]] = {  # tool -> why it cannot be used here;
     "linux": lambda: "" if sys.platform == "linux" else "Linux only",
     "make": _program("make"),
     "openai": _package("openai"),
+    "opentelemetry": _opentelemetry,
     "packages": lambda: "" if "packages" in _required() else "it downloads 0.2 GB: promise packages to run it",
     "ray": _package("ray"),
     "redis": _program("redis-server"),
+    "schemathesis": _package("schemathesis"),
     "scipy": _package("scipy"),
     "traces": _traces,
     "transformers": _package("transformers"),

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 import msgspec
 
-from cluster.channel import CHANNEL_OPTIONS, call_metadata, end_tasks
+from cluster.channel import CHANNEL_OPTIONS, REFUSALS, call_metadata, end_tasks
 from cluster.protocol import (
     CONTROL_METHOD,
     Assign,
@@ -25,7 +25,6 @@ from cluster.protocol import (
 logger = logging.getLogger(__name__)
 
 RECONNECT_S = 0.1
-REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.FAILED_PRECONDITION)
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(WorkerReport).decode
@@ -83,7 +82,7 @@ class ControlClient:
                 await self._stream()
             except (grpc.RpcError, grpc.aio.UsageError, OSError, asyncio.InvalidStateError, msgspec.MsgspecError) as e:
                 text = e.details() if isinstance(e, grpc.aio.AioRpcError) else str(e)
-                if isinstance(e, grpc.aio.AioRpcError) and e.code() in REFUSED:
+                if isinstance(e, grpc.aio.AioRpcError) and e.code() in REFUSALS:
                     self.refusal = text or e.code().name
                 logger.debug("the control stream to %s: %s", self.address, text or type(e).__name__)
             except Exception:

@@ -18,6 +18,7 @@ from cluster.gateway.fields import (
     Support,
     invalid,
     not_honoured,
+    text_or_parts,
     unsupported,
     validate,
     without_effect,
@@ -57,10 +58,13 @@ def _joined_text(value: Any) -> Any:
         kind = block.get("type") if isinstance(block, dict) else None
         if isinstance(kind, str) and kind != "text":
             raise not_honoured(f"a block of type {kind!r:.40} is not supported here: this model reads text")
-        known = kind is not None and set(block) <= {"type", "text", "cache_control", "citations"}
+        known = kind == "text" and set(block) <= {"type", "text", "cache_control", "citations"}
         if not known or not isinstance(block.get("text"), str):
             raise invalid('a block must be {"type": "text", "text": "..."}')
     return "\n".join(block["text"] for block in value)
+
+
+JOINED_TEXT = BeforeValidator(_joined_text, json_schema_input_type=text_or_parts("text"))
 
 
 def _blocks(value: Any) -> Any:
@@ -93,7 +97,7 @@ class Block(RequestModel):
     name: Annotated[Name | None, HONOURED] = None
     input: Annotated[dict[str, Any] | None, HONOURED] = None
     tool_use_id: Annotated[ShortText | None, HONOURED] = None
-    content: Annotated[str | None, HONOURED, BeforeValidator(_joined_text)] = None  # a tool's result
+    content: Annotated[str | None, HONOURED, JOINED_TEXT] = None  # a tool's result
     is_error: Annotated[bool, Support("without_effect", note="the content says so")] = False
     signature: Annotated[str | None, WITHOUT_EFFECT] = None
     data: Annotated[str | None, Support("without_effect", note="thoughts of another server's cannot be read")] = None
@@ -116,7 +120,12 @@ class Block(RequestModel):
 
 class InputMessage(RequestModel):
     role: Annotated[Literal["user", "assistant", "system"], HONOURED]
-    content: Annotated[list[Block], HONOURED, BeforeValidator(_blocks), Field(max_length=MAX_BLOCKS)]
+    content: Annotated[
+        list[Block],
+        HONOURED,
+        BeforeValidator(_blocks, json_schema_input_type=str | list[Block]),
+        Field(max_length=MAX_BLOCKS),
+    ]
 
     @model_validator(mode="after")
     def _check(self) -> InputMessage:
@@ -226,7 +235,7 @@ class CountTokensRequest(RequestModel):
 
     model: Annotated[str | None, HONOURED] = None
     messages: Annotated[list[InputMessage], HONOURED, Field(min_length=1, max_length=MAX_MESSAGES)]
-    system: Annotated[str | None, HONOURED, BeforeValidator(_joined_text)] = None
+    system: Annotated[str | None, HONOURED, JOINED_TEXT] = None
     tools: Annotated[list[MessagesTool], HONOURED, Field(max_length=MAX_TOOLS)] = []
     tool_choice: Annotated[MessagesToolChoice | None, HONOURED] = None
     thinking: Annotated[ThinkingConfig | None, HONOURED] = None

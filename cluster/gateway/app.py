@@ -7,33 +7,39 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from fastapi.routing import iter_route_contexts
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 from starlette.exceptions import HTTPException
 
 from cluster.errors import ForetokenError
-from cluster.gateway import admin, stored_responses
+from cluster.gateway import admin, embeddings, health, stored_responses, tokenizing
 from cluster.gateway.capabilities import capabilities
 from cluster.gateway.dashboard import page_routes
 from cluster.gateway.dialects.messages import TokenCounts
+from cluster.gateway.exposition import exposition
 from cluster.gateway.login import login_routes
 from cluster.gateway.middleware import Gate, RequestContext
+from cluster.gateway.openapi import openapi_routes
 from cluster.gateway.pool import WorkerPool
 from cluster.gateway.replies import JSONBytes, anthropic_error, error_response, is_anthropics, openai_error
 from cluster.gateway.service import Gateway, model_not_found
 from cluster.gateway.settings import GatewaySettings
-from cluster.gateway.status import STATE_TIMEOUT_S, PoolStatus, StatusSource, cluster_body
+from cluster.gateway.status import PoolStatus, StatusSource, cluster_body
+from cluster.gateway.tracing import NO_TRACING, Tracing
 
 router = APIRouter()
 
 
-def create_app(settings: GatewaySettings, pool: WorkerPool, status: StatusSource | None = None) -> FastAPI:
+def create_app(
+    settings: GatewaySettings, pool: WorkerPool, status: StatusSource | None = None, tracing: Tracing = NO_TRACING
+) -> FastAPI:
     """The gateway as an ASGI application. `app.state.gateway.begin_drain()` is for the server's signal handler.
 
     `status`: where the page's numbers come from; None: from the workers of `pool`. Raises `CheckpointError` where the
     tokenizer's files cannot be used.
     """
     status = PoolStatus(pool, settings.served_name) if status is None else status
-    gateway = Gateway(settings, pool, status, CollectorRegistry())
+    gateway = Gateway(settings, pool, status, CollectorRegistry(), tracing)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -45,11 +51,16 @@ def create_app(settings: GatewaySettings, pool: WorkerPool, status: StatusSource
         title="Foretoken", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
     app.state.gateway = gateway
+    app.state.generation_check = health.GenerationCheck(gateway)
     app.include_router(router)
-    app.include_router(page_routes())
+    app.include_router(embeddings.router)
+    app.include_router(tokenizing.router)
+    app.include_router(health.router)
+    app.include_router(page_routes(), include_in_schema=False)
     app.include_router(admin.router)
     app.include_router(stored_responses.router)
     app.include_router(login_routes(settings.keys))
+    app.include_router(openapi_routes(app.routes))
     app.add_exception_handler(ForetokenError, _refuse)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_middleware(Gate, keys=settings.keys, metrics=gateway.metrics)
@@ -76,7 +87,17 @@ async def _http_error(request: Request, error: Exception) -> Response:
     body = openai_error(message, kind="invalid_request_error", code=code)
     if is_anthropics(request.scope):
         body = anthropic_error(message, error.status_code, request.state.request_id)
-    return JSONBytes(body, status=error.status_code, headers=error.headers)
+    headers = {"allow": _methods(request)} if error.status_code == 405 else error.headers
+    return JSONBytes(body, status=error.status_code, headers=headers)
+
+
+def _methods(request: Request) -> str:
+    """All methods of a path: the router names those of the first route there alone."""
+    found: set[str] = set()
+    for route in iter_route_contexts(request.app.routes):
+        if route.path_regex.match(request.url.path):
+            found |= route.methods or set()
+    return ", ".join(sorted(found))
 
 
 @router.post("/v1/completions")
@@ -101,7 +122,7 @@ async def messages(request: Request) -> Response:
 
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(request: Request) -> Response:
-    return JSONBytes({"input_tokens": await _gateway(request).count_tokens(request, TokenCounts())})
+    return await _gateway(request).count_tokens(request, TokenCounts())
 
 
 @router.get("/v1/models")
@@ -133,45 +154,9 @@ async def list_capabilities(request: Request) -> Response:
     return JSONBytes(capabilities(_gateway(request).settings.served_name))
 
 
-@router.get("/health/live")
-async def live() -> Response:
-    """The process answers; also while it drains."""
-    return JSONBytes({"status": "ok"})
-
-
-@router.get("/health")
-@router.get("/health/ready")
-async def ready(request: Request) -> Response:
-    """New requests are taken and will run."""
-    gateway = _gateway(request)
-    if gateway.admission.draining:
-        return _not_yet("draining")
-    if gateway.pool.hello is None:
-        return _not_yet(f"no worker: {gateway.pool.last_failure}")
-    return JSONBytes({"status": "ok"})
-
-
-@router.get("/health/startup")
-async def startup(request: Request) -> Response:
-    """A worker has been up once."""
-    pool = _gateway(request).pool
-    if pool.num_connections == 0:
-        return _not_yet(f"no worker yet: {pool.last_failure}")
-    return JSONBytes({"status": "ok"})
-
-
-def _not_yet(reason: str) -> Response:
-    return JSONBytes({"status": "unavailable", "reason": reason}, status=503)
-
-
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    gateway = _gateway(request)
-    gateway.engine_metrics.update(await gateway.pool.states(STATE_TIMEOUT_S))
-    gateway.metrics.open_requests.set(gateway.admission.num_open)
-    gateway.metrics.worker_up.set(gateway.pool.num_alive)
-    gateway.metrics.worker_connections.set(gateway.pool.num_connections)
-    return Response(generate_latest(gateway.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(await exposition(_gateway(request)), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/cluster")
@@ -184,5 +169,7 @@ async def cluster(request: Request) -> Response:
         model=gateway.settings.served_name,
         num_open=gateway.admission.num_open,
         is_draining=gateway.admission.draining,
+        latency=gateway.recent.body(),
+        needs_key=bool(gateway.settings.keys.users),
     )
     return JSONBytes(body, headers={"cache-control": "no-store"})

@@ -28,7 +28,7 @@ from starlette.types import Scope
 
 from cluster.errors import AuthenticationError, ConfigError, PermissionDeniedError
 
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/health/startup"})
+OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/health/startup", "/ping"})
 LOGIN_PATH = "/login"  # asks for the key itself
 ADMIN_PATH = "/admin"
 DEFAULT_TENANT = "default"  # of keys that name none

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from cluster.gateway.anthropic import CountTokensRequest, MessagesRequest
+from cluster.gateway.embeddings import EmbeddingRequest
 from cluster.gateway.fields import RequestModel
 from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest
 from cluster.gateway.responses import ResponsesRequest
+from cluster.gateway.tokenizing import DetokenizeRequest, TokenizeRequest
 
 ENDPOINTS: dict[str, type[RequestModel]] = {
     "/v1/completions": CompletionRequest,
@@ -16,6 +18,11 @@ ENDPOINTS: dict[str, type[RequestModel]] = {
     "/v1/responses": ResponsesRequest,
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountTokensRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/tokenize": TokenizeRequest,
+    "/v1/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+    "/v1/detokenize": DetokenizeRequest,
 }
 
 
@@ -42,7 +49,7 @@ def fields(model: type[RequestModel], prefix: str = "") -> dict[str, dict[str, A
             entry |= _schema(properties[name])
         described[prefix + name] = entry
     for name, field in model.model_fields.items():
-        for part, is_list in _nested(field.annotation):
+        for part, is_list in nested_models(field.annotation):
             entry = described[prefix + (field.alias or name)]
             for key in ("anyOf", "$ref", "items"):
                 entry.pop(key, None)
@@ -61,10 +68,10 @@ def _schema(found: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def _nested(annotation: Any) -> Iterator[tuple[type[RequestModel], bool]]:
+def nested_models(annotation: Any) -> Iterator[tuple[type[RequestModel], bool]]:
     """The request models inside an annotation, and whether in a list."""
     if isinstance(annotation, type) and issubclass(annotation, RequestModel):
         yield annotation, False
     for argument in get_args(annotation):
-        for part, is_list in _nested(argument):
+        for part, is_list in nested_models(argument):
             yield part, is_list or getattr(annotation, "__origin__", None) is list

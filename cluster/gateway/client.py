@@ -19,6 +19,7 @@ from cluster.protocol import (
     PROTOCOL_VERSION,
     STATE_METHOD,
     STREAM_METHOD,
+    Beat,
     EngineState,
     FromWorker,
     Hello,
@@ -61,6 +62,9 @@ class Owner(Protocol):
         """There is a worker: `WorkerClient.hello` says which."""
 
     def received(self, output: RequestOutput) -> None: ...
+
+    def told(self, state: EngineState) -> None:
+        """The engine's numbers, behind all outputs that came before."""
 
     def lost(self) -> None:
         """The connection broke; nothing of what was sent on it goes on."""
@@ -221,6 +225,8 @@ class WorkerClient:
             if isinstance(message, StepOutput):
                 for output in message.outputs:
                     self._owner.received(output)
+            if isinstance(message, StepOutput | Beat) and message.state is not None:
+                self._owner.told(message.state)
 
     async def _write(self, call: Any, outbox: asyncio.Queue[ToWorker]) -> None:
         while True:

@@ -35,6 +35,7 @@ HEAD_TIMEOUT_S = 30.0  # from a connection's begin, or a later head's first byte
 MAX_HEAD_BYTES = 64 * 1024  # of a head that has not ended yet
 MAX_AHEAD_BYTES = 64 * 1024  # of requests sent ahead; a client that sends more is not read, so its leaving not seen
 REST_S = 5.0
+KEEP_ALIVE_S = 75  # of a connection between requests: longer than proxies keep theirs, who would send into its end
 MAX_SURPLUS = 64  # connections over the bound that are still asked what they want
 LINGER_S = 2.0  # a refused client may take so long to read why; closing on what it still sends would destroy that
 
@@ -55,6 +56,7 @@ def server_config(
         lifespan="on",
         server_header=False,
         backlog=backlog,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=stop_timeout_s,
     )
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from cluster.errors import ForetokenError, InvalidValueError, UnsupportedFieldError
@@ -101,6 +101,16 @@ def _refusal(name: str, support: Support) -> PydanticCustomError:
     )
     note = f" ({support.note})" if support.note else ""
     return not_honoured(f"this server does not honour it{hint}{note}", field=name)
+
+
+def text_or_parts(*kinds: str) -> Any:
+    """For a validator's `json_schema_input_type`: a text, or a list of parts of these types."""
+    part = {
+        "type": "object",
+        "properties": {"type": {"enum": [*kinds]}, "text": {"type": "string"}},
+        "required": ["type", "text"],
+    }
+    return Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": part}]})]
 
 
 Model = TypeVar("Model", bound=RequestModel)

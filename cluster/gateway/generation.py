@@ -22,11 +22,37 @@ from cluster.protocol import Finish, RequestOutput, Submit
 class Observer(Protocol):
     """Counts and times what a generation does (see `cluster.metrics`)."""
 
+    def began(self, choice: int, queue_s: float, prefill_s: float) -> None:
+        """Its first output is here: what its worker says of it."""
+
     def tokens(self, choice: int, num_tokens: int) -> None: ...
 
     def finished(self, choice: int, reason: str) -> None: ...
 
     def aborted(self, reason: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Observers:
+    """Several as one."""
+
+    all: tuple[Observer, ...]
+
+    def began(self, choice: int, queue_s: float, prefill_s: float) -> None:
+        for observer in self.all:
+            observer.began(choice, queue_s, prefill_s)
+
+    def tokens(self, choice: int, num_tokens: int) -> None:
+        for observer in self.all:
+            observer.tokens(choice, num_tokens)
+
+    def finished(self, choice: int, reason: str) -> None:
+        for observer in self.all:
+            observer.finished(choice, reason)
+
+    def aborted(self, reason: str) -> None:
+        for observer in self.all:
+            observer.aborted(reason)
 
 
 @dataclass(slots=True, eq=False)
@@ -56,8 +82,9 @@ class Sample:
                 raise EngineError(f"the end came behind token {end - 1}, but {expected} tokens were there")
             return RequestOutput(request_id=output.request_id, index=expected, finish=finish)
         self.output_ids += output.token_ids
-        if self.has_begun and (output.cached_tokens or output.prompt_logprobs is not None):
-            output = replace(output, cached_tokens=0, prompt_logprobs=None)  # of the worker that went on with it
+        if self.has_begun and (output.cached_tokens or output.queue_s is not None or output.prompt_logprobs):
+            # of the worker that went on with it
+            output = replace(output, cached_tokens=0, prompt_logprobs=None, queue_s=None, prefill_s=None)
         self.has_begun = True
         return output
 
@@ -129,6 +156,8 @@ class Generation:
             if finish.reason in ("error", "abort"):
                 self._end(_error_of(finish, self.grammar_field), reason="error")
                 return
+        if new.queue_s is not None and new.prefill_s is not None:
+            self._observer.began(sample.choice, new.queue_s, new.prefill_s)
         if new.token_ids:
             self.num_tokens += len(new.token_ids)
             self._observer.tokens(sample.choice, len(new.token_ids))

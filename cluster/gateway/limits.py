@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from cluster.errors import DrainingError, ForetokenError, OverloadedError, RequestError, RequestTooLargeError
+from cluster.gateway.backlog import Prediction
 from cluster.gateway.generation import Generation
 
 MAX_JSON_DEPTH = 128
@@ -45,6 +46,20 @@ async def read_body(
     except TimeoutError:
         raise RequestError(f"the body did not arrive within {timeout_s:g} s") from None
     return b"".join(parts)
+
+
+def check_ttft(prediction: Prediction, max_ttft_s: float) -> None:
+    """Raise `OverloadedError` where a first token would come too late, with when another try would be in time.
+
+    A request that takes longer than `max_ttft_s` by itself may wait for so long.
+    """
+    bound_s = max_ttft_s if prediction.alone_s <= max_ttft_s else prediction.alone_s + max_ttft_s
+    if (late_s := prediction.ttft_s - bound_s) > 0:
+        raise OverloadedError(
+            f"the first token would come after some {prediction.ttft_s:.1f} s, and {bound_s:.1f} s are allowed: try "
+            "again later",
+            retry_after_s=late_s,
+        )
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from cluster.gateway.fields import (
     Support,
     invalid,
     not_honoured,
+    text_or_parts,
     unsupported,
     without_effect,
 )
@@ -60,10 +61,21 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Prompts: TypeAlias = list[str] | list[list[int]]
+PROMPTS_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}},
+        {"type": "array", "items": {"type": "integer"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+    ]
+}
 
 
-def one_or_many(value: Any) -> Any:
+def _one_or_many(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+ONE_OR_MANY = BeforeValidator(_one_or_many, json_schema_input_type=ShortText | list[ShortText])
 
 
 def _logit_bias(value: Any) -> dict[int, float]:
@@ -77,7 +89,7 @@ def _logit_bias(value: Any) -> dict[int, float]:
     return {int(key): float(bias) for key, bias in value.items()}
 
 
-def _prompts(value: Any) -> Prompts:
+def read_prompts(value: Any) -> Prompts:
     """A prompt is a string or a list of token ids; a request has one of them, or a list of one kind."""
     if isinstance(value, str):
         return [value]
@@ -103,7 +115,7 @@ def _joined_parts(value: Any) -> Any:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
             raise not_honoured(f"a content part of type {kind!r:.40} is not supported: this model reads text")
-        if kind is None or set(part) != {"type", "text"} or not isinstance(part["text"], str):
+        if kind != "text" or set(part) != {"type", "text"} or not isinstance(part["text"], str):
             raise invalid('a content part must be {"type": "text", "text": "..."}')
     return "\n".join(part["text"] for part in value)
 
@@ -148,7 +160,7 @@ class GenerationRequest(RequestModel):
 
     max_tokens: Annotated[Count | None, HONOURED] = None  # None: what is left of the context
     min_tokens: Annotated[Count, HONOURED] = 0
-    stop: Annotated[list[ShortText], HONOURED, BeforeValidator(one_or_many), Field(max_length=MAX_STOP_STRINGS)] = []
+    stop: Annotated[list[ShortText], HONOURED, ONE_OR_MANY, Field(max_length=MAX_STOP_STRINGS)] = []
     stop_token_ids: Annotated[list[TokenId], HONOURED, Field(max_length=MAX_LIST)] = []
     include_stop_str_in_output: Annotated[bool, HONOURED] = False
     ignore_eos: Annotated[bool, HONOURED] = False
@@ -248,17 +260,8 @@ class CompletionRequest(GenerationRequest):
     prompt: Annotated[
         Prompts,
         HONOURED,
-        PlainValidator(_prompts),
-        WithJsonSchema(
-            {
-                "anyOf": [
-                    {"type": "string"},
-                    {"type": "array", "items": {"type": "string"}},
-                    {"type": "array", "items": {"type": "integer"}},
-                    {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
-                ]
-            }
-        ),
+        PlainValidator(read_prompts),
+        WithJsonSchema(PROMPTS_SCHEMA),
     ]
     echo: Annotated[bool, HONOURED] = False
     logprobs: Annotated[LogprobCount | None, HONOURED] = None
@@ -289,7 +292,9 @@ class ChatMessage(RequestModel):
     """One message; what is set of it is what the chat template sees."""
 
     role: Annotated[Literal["system", "developer", "user", "assistant", "tool"], HONOURED]
-    content: Annotated[str | None, HONOURED, BeforeValidator(_joined_parts)] = None
+    content: Annotated[
+        str | None, HONOURED, BeforeValidator(_joined_parts, json_schema_input_type=text_or_parts("text"))
+    ] = None
     name: Annotated[str | None, HONOURED] = None
     tool_call_id: Annotated[str | None, HONOURED] = None
     reasoning: Annotated[str | None, HONOURED] = None

@@ -33,7 +33,7 @@ def _structural_tag(value: Any) -> Any:
     return _schema(value) if isinstance(value, str) else value
 
 
-Schema = Annotated[dict[str, Any], BeforeValidator(_schema)]
+Schema = Annotated[dict[str, Any], BeforeValidator(_schema, json_schema_input_type=str | dict[str, Any])]
 Choices = Annotated[list[Pattern], Field(min_length=1, max_length=MAX_CHOICES)]
 
 
@@ -111,7 +111,9 @@ class StructuredOutputs(RequestModel):
     choice: Annotated[Choices | None, HONOURED] = None
     grammar: Annotated[Pattern | None, HONOURED] = None  # in Lark, as llguidance reads it
     json_object: Annotated[bool, HONOURED] = False
-    structural_tag: Annotated[StructuralTag | None, HONOURED, BeforeValidator(_structural_tag)] = None
+    structural_tag: Annotated[
+        StructuralTag | None, HONOURED, BeforeValidator(_structural_tag, json_schema_input_type=str | StructuralTag)
+    ] = None
     disable_fallback: Annotated[bool, WITHOUT_EFFECT] = False  # there is one backend
     disable_any_whitespace: Annotated[bool, WITHOUT_EFFECT] = False  # JSON is compact
     disable_additional_properties: Annotated[bool, unsupported(False)] = False

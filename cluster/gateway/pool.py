@@ -10,76 +10,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import msgspec
 
 from cluster.errors import DeadlineError, DrainingError, ForetokenError, UnavailableError, WorkerLostError
+from cluster.gateway.backlog import Prediction, Prefix
 from cluster.gateway.client import WorkerClient
 from cluster.gateway.generation import Generation, Observer, Sample
 from cluster.gateway.likeness import ModelsTold, PoolModel, all_unlike, token_difference
+from cluster.gateway.members import Endpoint, Member, Run
 from cluster.gateway.route import WorkerLoad, choose, generated_load, prefix_key
+from cluster.gateway.ttft import RequestSize
 from cluster.protocol import Abort, EngineState, Hello, RequestOutput, Submit
 
 logger = logging.getLogger(__name__)
 
+__all__ = ["Endpoint", "WorkerPool"]
+
 DEADLINE_GRACE_S = 1.0  # a worker keeps a request's deadline; past this we do
-
-
-class Endpoint(NamedTuple):
-    """Where a worker is. Another process of the same name is another one."""
-
-    name: str  # "attention-0"
-    address: str  # "unix:/path" or "host:port"
-    worker_id: str = ""  # of the process that is meant; "": whichever answers
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """A sequence on its way through the pool."""
-
-    sample: Sample
-    generation: Generation
-    group: list[_Run]  # those that go to the same worker, itself among them
-    member: _Member | None = None  # where it runs; None: it waits for a worker
-    request_id: str = ""  # of its last submission
-    num_submits: int = 0
-    num_losses: int = 0  # of workers, since its last new token
-    num_known: int = 0  # tokens that it had when it was last submitted
-    num_prompt_left: int = 0  # what it still counts for in its member's load
-    num_output_left: int = 0
-    was_lost: bool = False  # since its last submission
-    began_on: Hello | None = None  # what the worker serves that its first output came from
-    waits_since: float | None = None  # for a worker like that one, on the event loop's clock
-
-
-@dataclass(slots=True, eq=False)
-class _Member:
-    """One worker of the pool: what its client tells, and what runs on it."""
-
-    endpoint: Endpoint
-    pool: WorkerPool
-    runs: dict[str, _Run] = field(default_factory=dict)  # by the id of their submission
-    num_tokens: int = 0  # of all its runs, as `route.WorkerLoad` counts
-    refuses: bool = False  # it is shutting down
-    leaves: bool = False  # it gets nothing new, and goes when what runs on it is done
-    client: WorkerClient = field(init=False)
-
-    @property
-    def available(self) -> Hello | None:
-        """What it serves; None while it takes no requests."""
-        return None if self.refuses or self.leaves else self.client.hello
-
-    def connected(self) -> None:
-        self.refuses = False
-        self.pool.member_connected()
-
-    def received(self, output: RequestOutput) -> None:
-        self.pool.member_received(self, output)
-
-    def lost(self) -> None:
-        self.pool.member_lost(self)
 
 
 class WorkerPool:
@@ -116,10 +64,10 @@ class WorkerPool:
         self._model = PoolModel(alike_timeout_s)
         self._models_told = ModelsTold()
         self._timers: dict[object, asyncio.TimerHandle] = {}  # by what waits for workers that are alike
-        self._members: dict[Endpoint, _Member] = {}
-        self._leaving: set[_Member] = set()
+        self._members: dict[Endpoint, Member] = {}
+        self._leaving: set[Member] = set()
         self._closing: set[asyncio.Task[None]] = set()
-        self._runs: dict[Sample, _Run] = {}
+        self._runs: dict[Sample, Run] = {}
         self._refusal: ForetokenError | None = None
         self._is_started = False
         self._changed = asyncio.Event()  # a worker is there, or `fail` was called
@@ -170,8 +118,8 @@ class WorkerPool:
         if self._is_started:
             self._look_at_workers()
 
-    def _make_member(self, endpoint: Endpoint) -> _Member:
-        member = _Member(endpoint, self)
+    def _make_member(self, endpoint: Endpoint) -> Member:
+        member = Member(endpoint, self)
         member.client = WorkerClient(
             endpoint.address,
             member,
@@ -184,7 +132,7 @@ class WorkerPool:
         )
         return member
 
-    def _dismiss_if_idle(self, member: _Member) -> None:
+    def _dismiss_if_idle(self, member: Member) -> None:
         if member.leaves and not member.runs and member in self._leaving:
             self._leaving.remove(member)
             if self._is_started:
@@ -238,6 +186,14 @@ class WorkerPool:
         states = await asyncio.gather(*(member.client.state(timeout_s) for member in members))
         return {member.endpoint.name: state for member, state in zip(members, states, strict=True) if state is not None}
 
+    def backlogs_s(self) -> dict[str, float]:
+        """How long a prompt of one token would wait for its first token at each worker that is there, by name."""
+        members = [member for member in self._members.values() if member.client.hello is not None]
+        found = {
+            member.endpoint.name: member.backlog.predict_size(RequestSize(1), member.running) for member in members
+        }
+        return {name: prediction.ttft_s for name, prediction in found.items() if prediction is not None}
+
     # ------------------------------------------------------------------------------------------------------- requests
 
     async def ready(self, timeout_s: float) -> Hello:
@@ -254,17 +210,27 @@ class WorkerPool:
         except TimeoutError:
             raise DeadlineError(f"no worker was ready within {timeout_s:g} s ({self.last_failure})") from None
 
-    def submit(self, submits: Sequence[Submit], *, timeout_s: float, observer: Observer) -> Generation:
-        """Start the sequences of one HTTP request; choice i is `submits[i]`. Raises what `fail` was given."""
+    def predict(self, submit: Submit) -> Prediction | None:
+        """When the first token of a sequence would come if it were submitted now; None: it would wait for a worker."""
+        member = self._choose(submit, None)
+        return None if member is None else member.backlog.predict(submit, member.running)
+
+    def submit(
+        self, submits: Sequence[Submit], *, timeout_s: float, observer: Observer, prediction: Prediction | None = None
+    ) -> Generation:
+        """Start the sequences of one HTTP request; choice i is `submits[i]`. Raises what `fail` was given.
+
+        `prediction`: of the first of them, to learn from.
+        """
         if self._refusal is not None:
             raise self._refusal
         deadline = asyncio.get_running_loop().time() + timeout_s
         samples = [Sample(choice, submit, deadline) for choice, submit in enumerate(submits)]
         generation = Generation(samples, send_abort=self._abort, observer=observer, max_buffered=self._max_buffered)
-        groups: dict[str, list[_Run]] = {}
+        groups: dict[str, list[Run]] = {}
         for sample in samples:
             group = groups.setdefault(sample.submit.group or sample.submit.request_id, [])
-            run = _Run(sample, generation, group)
+            run = Run(sample, generation, group, prediction=None if sample.choice else prediction)
             group.append(run)
             self._runs[sample] = run
         for group in groups.values():
@@ -286,17 +252,17 @@ class WorkerPool:
         for run in [run for run in self._runs.values() if run.member is None]:
             self._give_up(run)
 
-    def _give_up(self, run: _Run) -> None:
+    def _give_up(self, run: Run) -> None:
         many = f"{run.num_losses} workers in a row that ran this request were lost"
         text = many if run.num_losses > 1 else "the worker that ran this request was lost"
         run.generation.fail(WorkerLostError(f"{text}; send it again"), reason="worker_lost")
 
-    def _assign(self, runs: Sequence[_Run]) -> None:
+    def _assign(self, runs: Sequence[Run]) -> None:
         """Submit runs of one group to a worker; without one they wait."""
         for run in runs:
             member = next((other.member for other in run.group if other.member is not None), None)
-            if member is None or not self._suits(member, run):
-                member = self._choose(run)
+            if member is None or not self._suits(member, run.began_on):
+                member = self._choose(run.sample.submit, run.began_on)
             if member is not None:
                 self._start(run, member)
             elif not self._max_resumptions:
@@ -304,26 +270,26 @@ class WorkerPool:
             elif run.began_on is not None:
                 self._wait_for_alike(run, run.began_on)
 
-    def _suits(self, member: _Member, run: _Run) -> bool:
-        """Whether a worker takes requests, and may take this one."""
+    def _suits(self, member: Member, began_on: Hello | None) -> bool:
+        """Whether a worker takes requests, and may take one that has begun on such a worker, or on none yet."""
         hello = member.available
         if hello is None:
             return False
-        if run.began_on is not None:
-            return token_difference(run.began_on, hello) is None
+        if began_on is not None:
+            return token_difference(began_on, hello) is None
         return self._model.difference(hello) is None
 
-    def _choose(self, run: _Run) -> _Member | None:
-        members = {member.endpoint.name: member for member in self._members.values() if self._suits(member, run)}
+    def _choose(self, submit: Submit, began_on: Hello | None) -> Member | None:
+        members = {member.endpoint.name: member for member in self._members.values() if self._suits(member, began_on)}
         if not members:
             return None
         hello = next(iter(members.values())).client.hello
         assert hello is not None
         loads = [WorkerLoad(name, len(member.runs), member.num_tokens) for name, member in members.items()]
-        name = choose(loads, prefix_key(run.sample.submit, hello.page_size))
+        name = choose(loads, prefix_key(submit, hello.page_size))
         return None if name is None else members[name]
 
-    def _wait_for_alike(self, run: _Run, began_on: Hello) -> None:
+    def _wait_for_alike(self, run: Run, began_on: Hello) -> None:
         """There is no worker that a sequence may go on at. Where others are there it fails in the end."""
         if run.waits_since is None:
             run.waits_since = asyncio.get_running_loop().time()
@@ -339,7 +305,7 @@ class WorkerPool:
         if (timer := self._timers.pop(key, None)) is not None:
             timer.cancel()
 
-    def _fail_unlike(self, run: _Run, began_on: Hello) -> None:
+    def _fail_unlike(self, run: Run, began_on: Hello) -> None:
         """Fail a sequence that has waited too long beside workers none of which is like the one that began it."""
         if run.sample not in self._runs or run.waits_since is None:
             return
@@ -348,9 +314,13 @@ class WorkerPool:
             text = f"the worker that ran this request was lost, and no other would go on with the same tokens: {why}"
             run.generation.fail(WorkerLostError(f"{text}. Send it again"), reason="worker_lost")
 
-    def _start(self, run: _Run, member: _Member) -> None:
-        submit = run.sample.remaining(asyncio.get_running_loop().time())
+    def _start(self, run: Run, member: Member) -> None:
+        now = asyncio.get_running_loop().time()
+        submit = run.sample.remaining(now)
+        run.prefix = None if submit.output_ids else self._prefix(run, member, submit)
+        run.sent_s = now
         if run.num_submits:  # the worker may still have the last submission, or remember it
+            run.prediction = None
             submit = msgspec.structs.replace(submit, request_id=f"{submit.request_id}.{run.num_submits}")
         run.num_submits += 1
         self.num_resumed += run.was_lost
@@ -365,7 +335,13 @@ class WorkerPool:
         member.runs[run.request_id] = run
         member.client.send(submit)
 
-    def _take_off(self, run: _Run) -> None:
+    def _prefix(self, run: Run, member: Member, submit: Submit) -> Prefix:
+        """What a worker has of a prompt; of a group it computes one, and the others take its pages."""
+        if any(other.member is member for other in run.group):
+            return member.backlog.shared_prefix(submit)
+        return member.backlog.prefix(submit)
+
+    def _take_off(self, run: Run) -> None:
         """Its worker has it no longer."""
         member = run.member
         if member is None:
@@ -399,11 +375,13 @@ class WorkerPool:
         self._changed.set()
         self._assign_waiting([run for run in self._runs.values() if run.member is None])
 
-    def member_received(self, member: _Member, output: RequestOutput) -> None:
+    def member_received(self, member: Member, output: RequestOutput) -> None:
         run = member.runs.get(output.request_id)
         if run is None:
             return
         finish = output.finish
+        if output.token_ids and run.num_prompt_left:
+            member.began(run, output, asyncio.get_running_loop().time())
         if finish is not None:
             self._take_off(run)
             if finish.error_code == DrainingError.code and not output.token_ids:
@@ -415,15 +393,17 @@ class WorkerPool:
             member.num_tokens -= run.num_prompt_left
             run.num_prompt_left = 0
         run.generation.deliver(run.sample, output)
+        if finish is not None and finish.reason in ("stop", "length") and not run.sample.submit.pooling:
+            member.backlog.ended(len(run.sample.output_ids))
         if run.began_on is None and run.sample.has_begun:
             run.began_on = member.client.hello
 
-    def _finds_another(self, run: _Run) -> bool:
+    def _finds_another(self, run: Run) -> bool:
         """Whether a run that its worker did not take goes on: one whose reply has begun waits, if it must."""
         self._assign([run])
         return run.member is not None or run.sample.has_begun
 
-    def member_lost(self, member: _Member) -> None:
+    def member_lost(self, member: Member) -> None:
         """Place anew what ran on a worker; what has cost too many of them ends."""
         self.num_lost += 1
         member.refuses = False
@@ -442,8 +422,8 @@ class WorkerPool:
                 self._give_up(run)
         self._look_at_workers()
 
-    def _assign_waiting(self, runs: Iterable[_Run]) -> None:
-        groups: dict[int, list[_Run]] = {}
+    def _assign_waiting(self, runs: Iterable[Run]) -> None:
+        groups: dict[int, list[Run]] = {}
         for run in runs:
             groups.setdefault(id(run.group), []).append(run)
         for group in groups.values():

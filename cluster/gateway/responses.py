@@ -18,6 +18,7 @@ from cluster.gateway.fields import (
     Support,
     invalid,
     not_honoured,
+    text_or_parts,
     unsupported,
     validate,
     without_effect,
@@ -25,6 +26,7 @@ from cluster.gateway.fields import (
 from cluster.gateway.openai import (
     MAX_MESSAGES,
     MAX_STOP_STRINGS,
+    ONE_OR_MANY,
     ChatCompletionRequest,
     ChatMessage,
     Count,
@@ -35,7 +37,6 @@ from cluster.gateway.openai import (
     RepetitionPenalty,
     ShortText,
     Temperature,
-    one_or_many,
 )
 from cluster.gateway.openai_tools import (
     MAX_TOOLS,
@@ -122,6 +123,13 @@ def _joined_parts(value: Any) -> Any:
     return "\n".join(texts)
 
 
+JOINED_PARTS = BeforeValidator(
+    _joined_parts,
+    # a refusal has its text under another name
+    json_schema_input_type=text_or_parts(*(kind for kind, member in _TEXT_OF_PART.items() if member == "text")),
+)
+
+
 def _items(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
@@ -161,12 +169,12 @@ class InputItem(RequestModel):
         BeforeValidator(_item_type),
     ] = "message"
     role: Annotated[Literal["user", "assistant", "system", "developer"] | None, HONOURED] = None
-    content: Annotated[str | None, HONOURED, BeforeValidator(_joined_parts)] = None
-    summary: Annotated[str | None, HONOURED, BeforeValidator(_joined_parts)] = None  # where thoughts have no content
+    content: Annotated[str | None, HONOURED, JOINED_PARTS] = None
+    summary: Annotated[str | None, HONOURED, JOINED_PARTS] = None  # where thoughts have no content
     call_id: Annotated[ShortText | None, HONOURED] = None
     name: Annotated[Name | None, HONOURED] = None
     arguments: Annotated[ObjectText | None, HONOURED] = None
-    output: Annotated[str | None, HONOURED, BeforeValidator(_joined_parts)] = None
+    output: Annotated[str | None, HONOURED, JOINED_PARTS] = None
     id: Annotated[ShortText | None, WITHOUT_EFFECT] = None
     status: Annotated[str | None, WITHOUT_EFFECT] = None
     phase: Annotated[str | None, WITHOUT_EFFECT] = None
@@ -255,7 +263,10 @@ class ResponsesRequest(RequestModel):
 
     model: Annotated[str | None, HONOURED] = None
     input: Annotated[
-        list[InputItem], HONOURED, BeforeValidator(_items), Field(max_length=MAX_MESSAGES)
+        list[InputItem],
+        HONOURED,
+        BeforeValidator(_items, json_schema_input_type=str | list[InputItem]),
+        Field(max_length=MAX_MESSAGES),
     ] = []  # may be empty behind a previous response
     instructions: Annotated[str | None, HONOURED] = None  # of this response alone
     previous_response_id: Annotated[ShortText | None, HONOURED] = None
@@ -299,7 +310,7 @@ class ResponsesRequest(RequestModel):
     presence_penalty: Annotated[Penalty, HONOURED] = 0.0
     frequency_penalty: Annotated[Penalty, HONOURED] = 0.0
     repetition_penalty: Annotated[RepetitionPenalty | None, HONOURED] = None
-    stop: Annotated[list[ShortText], HONOURED, BeforeValidator(one_or_many), Field(max_length=MAX_STOP_STRINGS)] = []
+    stop: Annotated[list[ShortText], HONOURED, ONE_OR_MANY, Field(max_length=MAX_STOP_STRINGS)] = []
     chat_template_kwargs: Annotated[dict[str, Any], HONOURED] = {}
     priority: Annotated[int, HONOURED, Field(ge=-(2**31), le=2**31 - 1)] = 0
     cache_salt: Annotated[ShortText | None, HONOURED] = None

@@ -6,9 +6,11 @@ import asyncio
 import sys
 import time
 import uuid
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from prometheus_client import CollectorRegistry
 from starlette.requests import ClientDisconnect, Request
@@ -24,13 +26,14 @@ from cluster.gateway.dialects.messages import Messages
 from cluster.gateway.dialects.responses import Responses
 from cluster.gateway.disconnect import ClientDisconnected, until_disconnect
 from cluster.gateway.fields import RequestModel, validate
-from cluster.gateway.generation import Generation
-from cluster.gateway.limits import FLUSH_S, Admission, Place, parse_object, read_body
+from cluster.gateway.generation import Generation, Observers
+from cluster.gateway.limits import FLUSH_S, Admission, Place, check_ttft, parse_object, read_body
 from cluster.gateway.openai import ChatCompletionRequest, GenerationRequest
 from cluster.gateway.parsing.reply_format import ReplyFormat, ReplyShape
 from cluster.gateway.parsing.think import CLOSE
 from cluster.gateway.pool import WorkerPool
-from cluster.gateway.replies import JSONBytes, error_response, read_all
+from cluster.gateway.recent import RecentLatencies, RecentTimer
+from cluster.gateway.replies import PREDICTED_TTFT, JSONBytes, error_response, read_all
 from cluster.gateway.response_store import ResponseStore, TenantResponses
 from cluster.gateway.settings import GatewaySettings
 from cluster.gateway.status import StatusSource
@@ -47,32 +50,55 @@ from cluster.gateway.submit import (
 )
 from cluster.gateway.threads import Threads, run_in
 from cluster.gateway.tokenize import TextTokenizer
-from cluster.metrics import CountCollector, EngineCollector, GatewayMetrics, GenerationTimer
+from cluster.gateway.tracing import Trace, Tracing
+from cluster.metrics import RESUMED, WORKER_LOST, CountCollector, EngineCollector, GatewayMetrics, GenerationTimer
 
+Headers = dict[str, str]
 INLINE_BYTES = 256 * 1024  # a larger body is parsed off the event loop
 INLINE_CHARS = 4096  # a longer text is tokenised off the event loop
 TEMPLATE_SLACK_S = 1.0  # for a thread to be free; the template's own bound comes first, mostly
+
+Checked = TypeVar("Checked")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Work(Generic[Checked]):
+    """A request that is no generation, while it is worked on."""
+
+    asked: Checked
+    place: Place
+    held: ExitStack  # what is entered here ends with the request
+    deadline: float  # time.perf_counter() seconds
+
+    @property
+    def time_left(self) -> float:
+        return max(0.0, self.deadline - time.perf_counter())
 
 
 class Gateway:
     """What the routes share. Made before the event loop runs; raises `CheckpointError` for unusable tokenizer files."""
 
     def __init__(
-        self, settings: GatewaySettings, pool: WorkerPool, status: StatusSource, registry: CollectorRegistry
+        self,
+        settings: GatewaySettings,
+        pool: WorkerPool,
+        status: StatusSource,
+        registry: CollectorRegistry,
+        tracing: Tracing,
     ) -> None:
         self.settings = settings
         self.pool = pool
         self.status = status
+        self.tracing = tracing
         self.registry = registry
         self.metrics = GatewayMetrics(registry, model_name=settings.served_name)
+        self.recent = RecentLatencies()
         self.engine_metrics = EngineCollector(registry, model_name=settings.served_name)
         CountCollector(
             registry,
             model_name=settings.served_name,
-            counts={
-                "worker_lost": ("Connections to workers that broke", lambda: pool.num_lost),
-                "requests_resumed": ("Sequences that went on after a worker was lost", lambda: pool.num_resumed),
-            },
+            counts={WORKER_LOST: lambda: pool.num_lost, RESUMED: lambda: pool.num_resumed},
         )
         self.admission = Admission(settings.max_open_requests, settings.max_open_requests_per_tenant)
         self.tokenizer = TextTokenizer.from_checkpoint(settings.model_path)
@@ -107,6 +133,7 @@ class Gateway:
         await self.admission.wait_idle(self.settings.drain_timeout_s + FLUSH_S)
         await self.pool.close()
         self._threads.close()
+        await self.tracing.close()
 
     async def reply(self, request: Request, dialect: Dialect[Any]) -> Response:
         """Answer one generation request. Raises `ForetokenError`s."""
@@ -119,9 +146,10 @@ class Gateway:
         arrival = time.perf_counter()
         try:
             with ExitStack() as held:
+                trace = held.enter_context(self.tracing.request(request.method, request.url.path, request.headers))
                 place = held.enter_context(self.place(request))
                 asked, checked = await self._read(request, dialect, place)
-                work = self._generate(dialect, asked, checked, place, held, arrival)
+                work = self._generate(dialect, asked, checked, place, held, arrival, trace)
                 try:
                     started = await until_disconnect(request.receive, work)
                 except asyncio.CancelledError:
@@ -129,8 +157,8 @@ class Gateway:
                     raise
                 if isinstance(started, Response):
                     return started
-                generation, events, first = started
-                return EventStream(generation, events, first, held.pop_all(), self.settings.send_timeout_s)
+                generation, events, first, headers = started
+                return EventStream(generation, events, first, held.pop_all(), self.settings.send_timeout_s, headers)
         except ClientDisconnected as error:
             return error_response(error, request.scope)
         except ClientDisconnect:
@@ -144,26 +172,52 @@ class Gateway:
     def responses_of(self, request: Request) -> TenantResponses:
         return self.stored_responses.of(tenant_of(request.scope))
 
-    async def count_tokens(self, request: Request, form: RequestForm[Any]) -> int:
-        """The tokens of the prompt that a request of such a form makes. Raises `ForetokenError`s."""
-        arrival = time.perf_counter()
+    async def count_tokens(self, request: Request, form: RequestForm[Any]) -> Response:
+        """Tell the tokens of the prompt that a request of such a form makes. Raises `ForetokenError`s."""
+
+        async def count(work: Work[tuple[RequestModel, GenerationRequest]]) -> Response:
+            texts, _ = await self._encode(self._checked(work.asked[1], work.place), sys.maxsize)
+            return JSONBytes({"input_tokens": sum(len(prompt.ids) for prompt in texts.prompts)})
+
         try:
-            with self.place(request) as place:
-                _, checked = await self._read(request, form, place)
-                place.begin()
+            return await self.answer(request, partial(_check, form=form), count)
+        except ForetokenError as error:
+            raise form.in_its_words(error) from None
+
+    async def answer(
+        self,
+        request: Request,
+        check: Callable[[bytes], Checked],
+        answer: Callable[[Work[Checked]], Coroutine[Any, Any, Response]],
+    ) -> Response:
+        """Answer a request that is no generation: `check` reads its body, `answer` does the rest.
+
+        It ends when the client leaves, and after `request_timeout_s`. Raises `ForetokenError`s.
+        """
+        deadline = time.perf_counter() + self.settings.request_timeout_s
+        try:
+            with ExitStack() as held:
+                place = held.enter_context(self.place(request))
+                asked = await self._read_body(request, place, check)
+                work = Work(asked, place, held, deadline)
+
+                async def timed() -> Response:
+                    place.begin()
+                    async with asyncio.timeout(work.time_left):
+                        return await answer(work)
+
                 try:
-                    async with asyncio.timeout(self._time_left(arrival)):
-                        texts, _ = await self._encode(checked, sys.maxsize)
+                    return await until_disconnect(request.receive, timed())
                 except asyncio.CancelledError:
                     place.check()
                     raise
         except TimeoutError:
             raise self._too_late() from None
+        except ClientDisconnected as error:
+            return error_response(error, request.scope)
         except ClientDisconnect:
-            raise ClientDisconnected("the connection ended before the whole body had come") from None
-        except ForetokenError as error:
-            raise form.in_its_words(error) from None
-        return sum(len(prompt.ids) for prompt in texts.prompts)
+            gone = ClientDisconnected("the connection ended before the whole body had come")
+            return error_response(gone, request.scope)
 
     def place(self, request: Request) -> AbstractContextManager[Place]:
         """A request's place among the open ones, while the context lasts. Raises `UnavailableError`s."""
@@ -172,6 +226,11 @@ class Gateway:
     async def _read(
         self, request: Request, form: RequestForm[Any], place: Place
     ) -> tuple[RequestModel, GenerationRequest]:
+        asked, checked = await self._read_body(request, place, partial(_check, form=form))
+        return asked, self._checked(checked, place)
+
+    async def _read_body(self, request: Request, place: Place, check: Callable[[bytes], Checked]) -> Checked:
+        """What `check` makes of a body."""
         body = await read_body(
             request.stream(),
             length=request.headers.get("content-length"),
@@ -179,16 +238,24 @@ class Gateway:
             timeout_s=self.settings.body_timeout_s,
             hold=place.hold,
         )
-        check = partial(_check, body, form)
-        asked, checked = check() if len(body) <= INLINE_BYTES else await run_in(self._threads.bodies, check)
-        if checked.model not in (None, self.settings.served_name):
-            raise model_not_found(checked.model or "", self.settings.served_name)
-        check_counts(checked, self.settings)
-        self.reply_format.check(checked, self.template)
-        if place.tenant and not self.settings.share_prefix_cache:
-            salt = tenants_salt(place.tenant, checked.cache_salt)
-            checked = checked.model_copy(update={"cache_salt": salt})
-        return asked, checked
+        return check(body) if len(body) <= INLINE_BYTES else await run_in(self._threads.bodies, partial(check, body))
+
+    def _checked(self, request: GenerationRequest, place: Place) -> GenerationRequest:
+        self.check_model(request.model)
+        check_counts(request, self.settings)
+        self.reply_format.check(request, self.template)
+        salt = self.salt(place, request.cache_salt)
+        return request if salt == request.cache_salt else request.model_copy(update={"cache_salt": salt})
+
+    def check_model(self, asked: str | None) -> None:
+        """Raises `ModelNotFoundError` for another than the one that is served."""
+        if asked not in (None, self.settings.served_name):
+            raise model_not_found(asked or "", self.settings.served_name)
+
+    def salt(self, place: Place, cache_salt: str | None) -> str | None:
+        """The salt of a request's prefix pages."""
+        is_shared = not place.tenant or self.settings.share_prefix_cache
+        return cache_salt if is_shared else tenants_salt(place.tenant, cache_salt)
 
     async def _generate(
         self,
@@ -198,7 +265,8 @@ class Gateway:
         place: Place,
         held: ExitStack,
         arrival: float,
-    ) -> Response | tuple[Generation, Events, Batch]:
+        trace: Trace,
+    ) -> Response | tuple[Generation, Events, Batch, Headers]:
         """A whole reply, or the beginning of a streamed one: its first outputs, so that an early error has a status."""
         place.begin()
         hello = await self.pool.ready(self._time_left(arrival))
@@ -210,7 +278,14 @@ class Gateway:
         reply_id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
         timeout_s = self._time_left(arrival)
         submits = make_submits(
-            request, texts, reply_id=reply_id, hello=hello, settings=self.settings, timeout_s=timeout_s, shape=shape
+            request,
+            texts,
+            reply_id=reply_id,
+            hello=hello,
+            settings=self.settings,
+            timeout_s=timeout_s,
+            shape=shape,
+            traceparent=trace.traceparent,
         )
         job = Job(
             reply_id,
@@ -224,14 +299,27 @@ class Gateway:
             place.request_id,
         )
         self.metrics.prompt_tokens.observe(job.num_prompt_tokens)
-        timer = GenerationTimer(self.metrics, arrival=arrival, num_choices=len(submits))
-        generation = held.enter_context(self.pool.submit(submits, timeout_s=timeout_s, observer=timer))
+        prediction = self.pool.predict(submits[0])
+        headers, predicted_s = {}, None
+        if prediction is not None:
+            if self.settings.max_ttft_s is not None:
+                check_ttft(prediction, self.settings.max_ttft_s)
+            predicted_s = time.perf_counter() - arrival + prediction.ttft_s
+            headers[PREDICTED_TTFT] = f"{predicted_s * 1e3:.3f}"
+        timer = GenerationTimer(self.metrics, arrival=arrival, num_choices=len(submits), predicted_s=predicted_s)
+        trace.asked(job, predicted_s)
+        recent = RecentTimer(self.recent, arrival=arrival, num_choices=len(submits))
+        generation = held.enter_context(
+            self.pool.submit(
+                submits, timeout_s=timeout_s, observer=Observers((timer, trace, recent)), prediction=prediction
+            )
+        )
         generation.grammar_field = shape.grammar_field
         place.run(generation, job.num_prompt_tokens)
         if not request.stream:
             choices, usage = await read_all(generation, job)
-            return JSONBytes(dialect.body(job, choices, usage))
-        return generation, dialect.events(job), await generation.read()
+            return JSONBytes(dialect.body(job, choices, usage), headers=headers)
+        return generation, dialect.events(job), await generation.read(), headers
 
     def _time_left(self, arrival: float) -> float:
         left = arrival + self.settings.request_timeout_s - time.perf_counter()
@@ -243,24 +331,29 @@ class Gateway:
         return DeadlineError(f"the request took longer than {self.settings.request_timeout_s:g} s")
 
     async def _encode(self, request: GenerationRequest, max_model_len: int) -> tuple[Texts, ReplyShape]:
-        chat_text = None
-        if isinstance(request, ChatCompletionRequest):
-            limit_s = self.settings.template_timeout_s + TEMPLATE_SLACK_S
-            try:
-                async with asyncio.timeout(limit_s):
-                    chat_text = await run_in(self._threads.templates, partial(render_chat, request, self.template))
-            except TimeoutError:
-                raise InvalidValueError(
-                    f"the chat template took longer than {limit_s:g} s for these messages", param="messages"
-                ) from None
+        chat_text = await self.render(request) if isinstance(request, ChatCompletionRequest) else None
         check_lengths(request, self.tokenizer, chat_text, max_model_len)
 
         def work() -> tuple[Texts, ReplyShape]:
             texts = encode(request, self.tokenizer, chat_text, max_model_len)
             return texts, self.reply_format.of(request, chat_text)
 
-        length = num_chars(request, chat_text)
-        return work() if length <= INLINE_CHARS else await run_in(self._threads.texts(length), work)
+        return await self.with_text(num_chars(request, chat_text), work)
+
+    async def render(self, request: ChatCompletionRequest) -> str:
+        """The text of a chat's prompt. Raises `RequestError`s."""
+        limit_s = self.settings.template_timeout_s + TEMPLATE_SLACK_S
+        try:
+            async with asyncio.timeout(limit_s):
+                return await run_in(self._threads.templates, partial(render_chat, request, self.template))
+        except TimeoutError:
+            raise InvalidValueError(
+                f"the chat template took longer than {limit_s:g} s for these messages", param="messages"
+            ) from None
+
+    async def with_text(self, num_chars: int, work: Callable[[], Result]) -> Result:
+        """The result of `work`, which (de)tokenises so much text: off the event loop where that is long."""
+        return work() if num_chars <= INLINE_CHARS else await run_in(self._threads.texts(num_chars), work)
 
 
 def model_not_found(asked: str, served: str) -> ModelNotFoundError:

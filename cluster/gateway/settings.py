@@ -79,6 +79,8 @@ class GatewaySettings:
     drain_timeout_s: float = 10.0
     max_open_requests: int = 1024  # over it: 429
     max_open_requests_per_tenant: int = 0  # over it: 429; 0: none but that of all
+    max_ttft_s: float | None = None  # a request whose first token would come later: 429; None: no bound
+    vllm_metrics: bool = False  # /metrics has vLLM's names as well
     keys: Keys = NO_KEYS  # none: no key is needed
     share_prefix_cache: bool = False  # tenants find each other's prefix pages
     max_choices: int = 128  # `n`

@@ -104,8 +104,17 @@ class StoreStatus:
         return LastStatus(found)
 
 
-def cluster_body(last: LastStatus, pool: WorkerPool, *, model: str, num_open: int, is_draining: bool) -> dict[str, Any]:
-    """The JSON object of `GET /cluster`; times in seconds, sizes in bytes."""
+def cluster_body(
+    last: LastStatus,
+    pool: WorkerPool,
+    *,
+    model: str,
+    num_open: int,
+    is_draining: bool,
+    latency: dict[str, Any],
+    needs_key: bool,
+) -> dict[str, Any]:
+    """The JSON object of `GET /cluster`; times in seconds, sizes in bytes. `latency`: `RecentLatencies.body()`."""
     status = last.status
     age_s = None if status is None else max(0.0, time.time() - status.at_s)
     is_stale = age_s is not None and age_s > STALE_S
@@ -129,6 +138,8 @@ def cluster_body(last: LastStatus, pool: WorkerPool, *, model: str, num_open: in
             "workers_connected": pool.num_alive,
             "workers_lost": pool.num_lost,
             "requests_resumed": pool.num_resumed,
+            "latency": latency,
+            "needs_key": needs_key,
         },
         "nodes": [] if status is None else [_node(node, status.workers) for node in status.nodes],
         "workers": [] if status is None else [_worker(worker) for worker in status.workers],
@@ -158,6 +169,10 @@ def _worker(worker: WorkerStatus) -> dict[str, Any]:
         "pages_total": state.pages_total,
         "pages_free": state.pages_free,
         "generated_tokens": state.generated_tokens,
+        "prompt_tokens": state.prompt_tokens,
+        "steps": state.steps,
+        "step_tokens": state.step_tokens,
+        "sequence_steps": state.sequence_steps,
         "expert_calls": state.expert_calls,
         "expert_rows": state.expert_rows,
         "expert_s": state.expert_s,

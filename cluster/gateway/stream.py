@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from starlette.responses import Response
@@ -27,8 +28,16 @@ class EventStream(Response):
     `held` is what the request holds (its generation, its place), let go of at the end.
     """
 
-    def __init__(self, generation: Generation, events: Events, first: Batch, held: ExitStack, timeout_s: float) -> None:
-        super().__init__(media_type="text/event-stream")
+    def __init__(
+        self,
+        generation: Generation,
+        events: Events,
+        first: Batch,
+        held: ExitStack,
+        timeout_s: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"  # a proxy that buffers would hold the tokens back

@@ -169,20 +169,21 @@ def make_submits(
     settings: GatewaySettings,
     timeout_s: float,
     shape: ReplyShape,
+    traceparent: str = "",
 ) -> tuple[Submit, ...]:
     """One `Submit` a choice; the choices of one prompt are a group.
 
     Raises `ContextLengthError`, or `InvalidValueError` for a token id that the vocabulary has not.
     """
     stop_ids, bias = tuple(request.stop_token_ids), request.logit_bias
-    _check_ids("stop_token_ids", stop_ids, hello.vocab_size)
-    _check_ids("logit_bias", tuple(bias), hello.vocab_size)
+    check_ids("stop_token_ids", stop_ids, hello.vocab_size)
+    check_ids("logit_bias", tuple(bias), hello.vocab_size)
     defaults = settings.sampling_defaults
     submits = []
     for index, prompt in enumerate(texts.prompts):
         # Equal prompts in one request are samples of their own, unless the caller fixed the seed.
         seed = secrets.randbits(63) if request.seed is None else request.seed % 2**63
-        _check_ids("prompt", prompt.ids, hello.vocab_size)
+        check_ids("prompt", prompt.ids, hello.vocab_size)
         stopping = Stopping(
             max_tokens=_max_tokens(request, len(prompt.ids), hello.max_model_len),
             min_tokens=request.min_tokens,
@@ -222,6 +223,7 @@ def make_submits(
                     priority=request.priority,
                     deadline_s=timeout_s,
                     cache_salt=request.cache_salt or "",
+                    traceparent=traceparent,
                 )
             )
     return tuple(submits)
@@ -234,7 +236,8 @@ def _given(value: Number | None, default: Number) -> Number:
     return default if value is None else value
 
 
-def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Raise `InvalidValueError` for a token id that the vocabulary has not."""
     if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
         wrong = next(token for token in ids if not 0 <= token < vocab_size)
         raise InvalidValueError(f"{name} has token id {wrong}; the vocabulary is 0..{vocab_size - 1}", param=name)

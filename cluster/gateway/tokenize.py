@@ -46,6 +46,10 @@ class TextTokenizer:
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def token(self, token_id: int) -> str | None:
+        """The entry of the vocabulary; None: there is none of that id."""
+        return self._tokenizer.id_to_token(token_id)
+
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
 

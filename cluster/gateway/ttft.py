@@ -8,12 +8,14 @@ prompt tokens before its own, and its own, were computed, as many a step as the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.protocol import EngineState
 
 FORGETTING = 0.98  # weight of an interval after the next: some fifty intervals are remembered
 PRIOR_WEIGHT = 0.1  # of what was assumed before anything was seen, in intervals
+NUM_FIRST = 20  # intervals until what is expected is worth something
+MAX_SURPRISE = 2.0  # an interval counts as no more than so many times what was expected, and no less than its inverse
 MIN_COST_S = 1e-9  # no part of a step is free: a fit to noise must not predict that waiting shortens the wait
 
 
@@ -47,6 +49,7 @@ class StepCostFit:
         self._prior = [(PRIOR_WEIGHT * scale**2, part) for scale, part in zip(scales, parts, strict=True)]
         self._matrix = [[0.0] * 3 for _ in range(3)]  # weighted sums of x xᵀ
         self._vector = [0.0] * 3  # of x y
+        self._num_observed = 0
         self._cost: StepCost | None = prior  # None: to be solved for when it is asked for
 
     def observe(self, before: EngineState, after: EngineState) -> None:
@@ -58,7 +61,12 @@ class StepCostFit:
         # a sequence in its prompt counts as one of the step's too, but for a chunk's tokens, not for a decode
         decoded = max(0.0, (after.step_tokens - before.step_tokens) / steps - prompt)
         row = (1.0, prompt, decoded)
+        expected = self.cost.step_s(prompt_tokens=prompt, sequences=decoded)
+        # a machine that was away for a moment says nothing of the next; one that became slower says it again
         seconds = (after.step_s - before.step_s) / steps
+        if self._num_observed >= NUM_FIRST:
+            seconds = min(max(seconds, expected / MAX_SURPRISE), expected * MAX_SURPRISE)
+        self._num_observed += 1
         for i in range(3):
             for j in range(3):
                 self._matrix[i][j] = FORGETTING * self._matrix[i][j] + row[i] * row[j]
@@ -80,9 +88,12 @@ def _non_negative_solution(matrix: list[list[float]], vector: list[float]) -> tu
     """argmin |A x - b| over x >= MIN_COST_S, by coordinate descent on the normal equations (three unknowns)."""
     found = [MIN_COST_S] * 3
     for _ in range(200):
+        before = (*found,)
         for i in range(3):
             rest = vector[i] - sum(matrix[i][j] * found[j] for j in range(3) if j != i)
             found[i] = max(MIN_COST_S, rest / matrix[i][i])
+        if all(abs(now - then) <= 1e-4 * now for now, then in zip(found, before, strict=True)):
+            break
     return found[0], found[1], found[2]
 
 
@@ -101,6 +112,10 @@ class WorkerSnapshot:
     page_size: int  # positions
     mean_output_tokens: float  # of a sequence, as seen lately
 
+    def idle(self) -> WorkerSnapshot:
+        """The same worker with nothing to do."""
+        return replace(self, num_running=0, num_waiting=0, prompt_tokens_ahead=0, pages_free=self.pages_total)
+
 
 @dataclass(frozen=True, slots=True)
 class RequestSize:
@@ -112,7 +127,13 @@ class RequestSize:
 def predict_ttft(snapshot: WorkerSnapshot, request: RequestSize) -> float:
     """Seconds from the worker's taking the request to its first token. Never negative, always finite."""
     prompt_s = _prompt_s(snapshot, snapshot.prompt_tokens_ahead + _to_compute(request))
-    return _place_s(snapshot, request) + prompt_s
+    return _running_step_s(snapshot) + _place_s(snapshot, request) + prompt_s
+
+
+def _running_step_s(snapshot: WorkerSnapshot) -> float:
+    """The step that runs when it comes is half done, on average."""
+    running = min(snapshot.num_running, snapshot.max_num_seqs)
+    return snapshot.cost.step_s(prompt_tokens=0, sequences=running) / 2 if running else 0.0
 
 
 def _to_compute(request: RequestSize) -> int:

@@ -46,6 +46,7 @@ class Child:
     is_answering: Callable[[float], Awaitable[bool]] | None = None  # within seconds; None: there is nothing to ask
     before_start: Callable[[], None] = lambda: None
     may_start: Callable[[], bool] = lambda: True  # again, after a death: what it needs is there
+    niceness: int = 0  # of its session among all sessions of this machine; below 0 only where that is permitted
     log_start: int = 0  # where in the log its present process began
     _process: subprocess.Popen[bytes] | None = None
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
@@ -82,6 +83,9 @@ class Child:
                 )
         except OSError as error:
             raise WorkerLostError(f"{self.name} cannot be started: {error}") from None
+        if self.niceness:
+            with contextlib.suppress(OSError):  # not permitted, or a kernel without autogroups
+                Path(f"/proc/{self._process.pid}/autogroup").write_text(str(self.niceness), encoding="ascii")
         assert self._process.stdin is not None
         if self.stdin:
             with contextlib.suppress(BrokenPipeError):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from cluster import logs
+from cluster import logs, silence
 from cluster.config import Settings
 from cluster.control.controller import Controller
 from cluster.control.last_known import LastKnown, open_last_known
@@ -26,7 +26,6 @@ from cluster.event_loop import loop_factory
 from cluster.machine import this_machine
 from cluster.operate.pulse import Pulse
 from cluster.serve import EXIT_AT_ONCE, on_signals
-from cluster.silence import HUNG_LEASES
 from cluster.store import open_store
 
 logger = logging.getLogger(__name__)
@@ -34,12 +33,11 @@ logger = logging.getLogger(__name__)
 EXIT_LOST_LEAD = 3
 PULSE_NAME = "controller.pulse"
 NODES_TIMEOUT_S = 10.0
-ORPHAN_SHARE = 0.25  # of the time after which workers end: the rest is for the next controller to come
 
 
 def hung_after_s(settings: Settings) -> float:
-    """How long a controller may not go on until it counts as hung: as long as a worker, and longer while none minds."""
-    return max(HUNG_LEASES * settings.lease_s, ORPHAN_SHARE * settings.orphan_timeout_s)
+    """How long a controller may not go on until it counts as hung."""
+    return silence.hung_after_s(settings.lease_s, settings.orphan_timeout_s, settings.reroute_timeout_s)
 
 
 def run(settings: Settings, pods: bool = False, folder: Path | None = None) -> int:

@@ -153,7 +153,7 @@ def test_every_process_takes_its_settings(values: Values, tmp_path: Path, monkey
 
 
 def test_a_setting_of_the_cluster_arrives() -> None:
-    given = {"expert_copies": 2, "lease_s": 5, "peer_timeout_s": 3, "reroute_timeout_s": 60, "orphan_timeout_s": 75}
+    given = {"expert_copies": 2, "lease_s": 5, "peer_timeout_s": 3, "reroute_timeout_s": 61, "orphan_timeout_s": 75}
     text = serve_yaml_of({**PLAIN, "settings": given})
     assert {f"{name}: {value}" for name, value in given.items()} <= set(text.splitlines())
 

@@ -73,8 +73,9 @@ def test_every_setting_arrives_as_it_was_given(tmp_path: Path) -> None:
         "page_size": 32, "kv_cache_bytes": 68719476736, "prefix_cache": False, "static_batching": True,
         "host_kernels": False, "num_threads": 12, "expert_copies": 2, "lease_s": 0.5, "peer_timeout_s": 1.5,
         "tool_parser": "hermes", "reasoning_parser": "think",
+        "max_ttft_s": 2.5, "vllm_metrics": True, "otlp_traces_endpoint": "http://collector:4318/v1/traces",
         "max_open_requests_per_tenant": 3, "max_connections": 10000, "share_prefix_cache": True,
-        "reroute_timeout_s": 20, "orphan_timeout_s": 90, "log_level": "debug", "log_format": "text",
+        "reroute_timeout_s": 70, "orphan_timeout_s": 90, "log_level": "debug", "log_format": "text",
     }  # fmt: skip
     model = {"name": "Qwen/Qwen3-30B-A3B", "revision": "1" * 40, "servedName": "qwen"}
     settings = _load(serve_yaml({"settings": given, "model": model}), tmp_path)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cluster.config import Settings
-from cluster.silence import least_orphan_s
+from cluster.silence import least_orphan_s, least_reroute_s
 from tests.support.chart import CHART, Values, refusal
 
 VALUES: dict[str, Any] = yaml.safe_load((CHART / "values.yaml").read_text())
@@ -220,6 +220,14 @@ CONTRADICTIONS: list[tuple[Values, str]] = [
     (
         {**CLUSTER, "settings": {"orphan_timeout_s": 19.5}},
         f"settings.orphan_timeout_s: 19.5 must be at least {least_orphan_s(1.0):g} where settings.lease_s is 1",
+    ),
+    (
+        {**CLUSTER, "settings": {"reroute_timeout_s": 52}},
+        "settings.reroute_timeout_s: 52 must be at least 53 where settings.lease_s is 1",
+    ),
+    (
+        {**CLUSTER, "settings": {"lease_s": 10, "orphan_timeout_s": 150, "reroute_timeout_s": 89.5}},
+        f"settings.reroute_timeout_s: 89.5 must be at least {least_reroute_s(10.0):g} where settings.lease_s is 10",
     ),
     (
         {**CLUSTER, "worker": {"extraEnv": [{"name": "FORETOKEN_TOKEN", "value": "1"}]}},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import struct
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,7 @@ NUM_BYTES = 256
 BEGIN_ID = NUM_BYTES
 END_ID = NUM_BYTES + SPECIAL.index(END)
 VOCAB_SIZE = NUM_BYTES + len(SPECIAL)
+QUEUE_S, PREFILL_S = 0.25, 0.5  # what it says of each sequence
 DEADLINE_S = 20.0  # of every wait in a test
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -93,6 +95,8 @@ def hello(**changes: Any) -> Hello:
         "num_parameters": 0,
         "num_experts": 0,
         "num_layers": 0,
+        "token_budget": 2048,
+        "max_num_seqs": 64,
     }
     return Hello(**(values | changes))
 
@@ -133,7 +137,11 @@ class _Sequence:
             "index": self.sent,
             "cached_tokens": cached,
             "prompt_logprobs": prompt_logprobs,
+            "queue_s": QUEUE_S if first else None,
+            "prefill_s": PREFILL_S if first else None,
         }
+        if self.submit.pooling is not None:
+            return RequestOutput(**base, embedding=embedding(self.submit), finish=Finish(reason="stop"))
         if stopping.max_tokens == 0:
             return RequestOutput(**base, finish=Finish(reason="length"))
         token_id = self.answer[self.sent] if self.sent < len(self.answer) else ord("~")
@@ -161,6 +169,12 @@ class _Sequence:
         if num_top is None:
             return None
         return [None, *(_logprobs(token_id, num_top) for token_id in self.submit.prompt_ids[1:])]
+
+
+def embedding(submit: Submit) -> bytes:
+    """The vector (1, number of tokens, last token, -0.5), or with 0 for the last token in a mean."""
+    last = 0 if submit.pooling == "mean" else submit.prompt_ids[-1]
+    return struct.pack("<4f", 1.0, len(submit.prompt_ids), last, -0.5)
 
 
 def _logprobs(token_id: int, num_top: int) -> TokenLogprobs:

@@ -12,7 +12,7 @@ from cluster.config import FORMS, Settings, flag_name, load, store_address
 from cluster.errors import ConfigError
 from cluster.operate.controller import hung_after_s
 from cluster.protocol import Launch
-from cluster.silence import ORPHAN_PATIENCE
+from cluster.silence import HUNG_LEASES, ORPHAN_PATIENCE, SUCCESSION_LEASES, SUCCESSION_S
 
 
 @pytest.fixture(autouse=True)
@@ -88,36 +88,50 @@ def test_a_value_of_another_form_is_told_the_form_in_words(name: str, value: str
 
 
 @pytest.mark.parametrize(
-    ("given", "least_s"),  # None: they go together
+    "given",
     [
-        ({}, None),
-        ({"orphan_timeout_s": 20}, None),
-        ({"orphan_timeout_s": 19.9}, 20),
-        ({"lease_s": 0.3, "orphan_timeout_s": 4.5}, 20),
-        ({"lease_s": 4}, None),
-        ({"lease_s": 4.1}, 61.5),
-        ({"lease_s": 600, "orphan_timeout_s": 8999}, 9000),
-        ({"lease_s": 600, "orphan_timeout_s": 9000}, None),
+        {},
+        {"orphan_timeout_s": 20},
+        {"reroute_timeout_s": 27},
+        {"lease_s": 4},
+        {"lease_s": 0.3, "orphan_timeout_s": 86400, "reroute_timeout_s": 22.2},
+        {"lease_s": 600, "orphan_timeout_s": 9000, "reroute_timeout_s": 4220},
+        {"lease_s": 600, "orphan_timeout_s": 86400, "reroute_timeout_s": 86400},
     ],
 )
-def test_workers_live_longer_without_a_controller_than_one_hangs_until_it_is_noticed(
-    given: dict[str, float], least_s: float | None
+def test_a_hung_controller_is_replaced_before_workers_end_and_requests_give_up(given: dict[str, float]) -> None:
+    settings = load(given)
+    hung_s = hung_after_s(settings)
+    assert hung_s >= HUNG_LEASES * settings.lease_s
+    assert hung_s <= settings.orphan_timeout_s / ORPHAN_PATIENCE
+    assert hung_s + SUCCESSION_S + SUCCESSION_LEASES * settings.lease_s <= settings.reroute_timeout_s
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "least_s"),
+    [
+        ("orphan_timeout_s", {"orphan_timeout_s": 19.9}, 20),
+        ("orphan_timeout_s", {"lease_s": 0.3, "orphan_timeout_s": 4.5}, 20),
+        ("orphan_timeout_s", {"lease_s": 4.1}, 61.5),
+        ("orphan_timeout_s", {"lease_s": 600, "orphan_timeout_s": 8999, "reroute_timeout_s": 4220}, 9000),
+        ("reroute_timeout_s", {"reroute_timeout_s": 26.9}, 27),
+        ("reroute_timeout_s", {"lease_s": 6, "orphan_timeout_s": 90}, 62),
+        ("reroute_timeout_s", {"lease_s": 600, "orphan_timeout_s": 9000, "reroute_timeout_s": 4219}, 4220),
+    ],
+)
+def test_times_that_leave_no_room_for_the_next_controller_are_refused(
+    name: str, given: dict[str, float], least_s: float
 ) -> None:
-    if least_s is None:
-        settings = load(given)
-        assert hung_after_s(settings) <= settings.orphan_timeout_s / ORPHAN_PATIENCE
-        return
     with pytest.raises(ConfigError) as caught:
         load(given)
-    values = {"orphan_timeout_s": 60.0, "lease_s": 1.0} | given
+    values = {"orphan_timeout_s": 60.0, "reroute_timeout_s": 60.0, "lease_s": 1.0} | given
     assert caught.value.message.startswith(
-        f"orphan_timeout_s = {values['orphan_timeout_s']:g} must be at least {least_s:g} "
-        f"where lease_s = {values['lease_s']:g}: "
+        f"{name} = {values[name]:g} must be at least {least_s:g} where lease_s = {values['lease_s']:g}: "
     )
     origins = {name: flag_name(name) if name in given else "default" for name in values}
-    assert f"is from {origins['orphan_timeout_s']}, lease_s from {origins['lease_s']})" in caught.value.message
-    assert caught.value.param == "orphan_timeout_s"
-    assert load(given | {"orphan_timeout_s": least_s}).orphan_timeout_s == least_s
+    assert f"is from {origins[name]}, lease_s from {origins['lease_s']})" in caught.value.message
+    assert caught.value.param == name
+    assert getattr(load(given | {name: least_s}), name) == least_s
 
 
 def test_every_pattern_has_words() -> None:

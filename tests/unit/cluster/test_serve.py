@@ -427,6 +427,7 @@ def test_the_summary_off_a_terminal_is_log_lines(caplog: pytest.LogCaptureFixtur
         version=1, worker_id="w", served_name="m", max_model_len=4096, vocab_size=8,
         checkpoint="c0ffee", dtype="float32", numerics="invariant", arithmetic="ours", num_pages=9, page_size=64,
         model_type="qwen3_moe", num_parameters=11_600_000, num_experts=64, num_layers=8,
+        token_budget=2048, max_num_seqs=64,
     )  # fmt: skip
     with caplog.at_level("INFO"):
         announce(hello, "http://127.0.0.1:1", load(), 3.21)
@@ -445,6 +446,8 @@ def test_the_gateway_is_told_the_settings(tmp_path: Path) -> None:
             "max_open_requests": 3,
             "max_open_requests_per_tenant": 2,
             "share_prefix_cache": True,
+            "max_ttft_s": 2.5,
+            "vllm_metrics": True,
             "api_key": f"a:{key}",
         }
     )
@@ -452,6 +455,7 @@ def test_the_gateway_is_told_the_settings(tmp_path: Path) -> None:
     assert (told.served_name, told.model_path) == ("m", tmp_path)
     assert (told.drain_timeout_s, told.request_timeout_s, told.max_open_requests) == (1.5, 7, 3)
     assert (told.max_open_requests_per_tenant, told.share_prefix_cache) == (2, True)
+    assert (told.max_ttft_s, told.vllm_metrics) == (2.5, True)
     assert told.keys.caller(key).tenant == "a"
     assert key not in repr(told)
 

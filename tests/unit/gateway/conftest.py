@@ -21,6 +21,8 @@ from cluster.gateway.connection import MAX_CONNECTIONS, server_config
 from cluster.gateway.pool import Endpoint, WorkerPool
 from cluster.gateway.settings import GatewaySettings
 from cluster.gateway.status import StatusSource
+from cluster.gateway.tracing import NO_TRACING, Tracing
+from tests.support.grpc_loop import other_loops_ignored
 from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker, byte_tokenizer
 from tests.support.worker_team import Team
 
@@ -47,23 +49,9 @@ def on_one_loop(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="session")
 async def one_loop() -> AsyncIterator[None]:
-    """All tests here that need one run on one event loop: grpc has one completion queue for all loops of a process.
-
-    For the same reason its late events for loops of other tests, closed by now, may arrive on this one.
-    """
-    loop = asyncio.get_running_loop()
-    handle = loop.get_exception_handler()
-
-    def ignore_other_loops(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        if str(context.get("exception")) != "Event loop is closed":
-            if handle is not None:
-                handle(loop, context)
-            else:
-                loop.default_exception_handler(context)
-
-    loop.set_exception_handler(ignore_other_loops)
-    yield
-    loop.set_exception_handler(handle)
+    """All tests here that need one run on one event loop: grpc has one completion queue for all loops of a process."""
+    with other_loops_ignored():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -129,12 +117,14 @@ async def serve(checkpoint: Path, worker: ScriptedWorker) -> AsyncIterator[Serve
             pool: dict[str, Any] | None = None,
             endpoints: Sequence[Endpoint] | None = None,
             status: StatusSource | None = None,
+            tracing: Tracing = NO_TRACING,
             max_connections: int = MAX_CONNECTIONS,
             **changes: Any,
         ) -> Served:
             settings = GatewaySettings(served_name=MODEL, model_path=model_path or checkpoint, **changes)
             workers = [Endpoint("worker", worker.address)] if endpoints is None else endpoints
-            app = create_app(settings, WorkerPool(workers, **({"reconnect_delay_s": 0.01} | (pool or {}))), status)
+            workers_pool = WorkerPool(workers, **({"reconnect_delay_s": 0.01} | (pool or {})))
+            app = create_app(settings, workers_pool, status, tracing)
             # with its protocol named, or asyncio leaves out TCP_NODELAY and every answer waits for a delayed ACK
             listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
             listener.bind(("127.0.0.1", 0))

@@ -17,7 +17,7 @@ from cluster.protocol import EngineState
 from cluster.store.base import Versioned
 from cluster.store.memory import MemoryStore
 from cluster.store.records import STATUS_KEY, ClusterStatus, NodeStatus, WorkerStatus
-from tests.support.scripted_worker import ScriptedWorker
+from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker
 from tests.unit.gateway.conftest import MODEL, Serve, Served
 
 pytestmark = pytest.mark.anyio
@@ -47,13 +47,17 @@ async def test_the_page_and_all_that_it_loads_are_ours(served: Served) -> None:
     assert not links.inline
     types = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
     assert {link.rpartition(".")[2] for link in links.loaded} == set(types)
-    for link in links.loaded:
+    loaded = list(links.loaded)
+    for link in loaded:
         assert not re.match(r"/|[a-z]+:", link), "relative, so that it works behind a path"
         part = await served.http.get(f"/{link}")
         assert part.status_code == 200
         assert part.headers["content-type"].startswith(types[link.rpartition(".")[2]])
         assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", part.text)
-        assert "innerHTML =" not in part.text
+        assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", part.text)
+        imported = [f"dashboard/{name}" for name in re.findall(r' from "\./([^"]+)"', part.text)]
+        loaded += [link for link in imported if link not in loaded]
+    assert len(loaded) > len(links.loaded)
     for answer in (page, part):
         policy = dict(item.split(" ", 1) for item in answer.headers["content-security-policy"].split("; "))
         assert policy["default-src"] == "'none'"
@@ -68,6 +72,9 @@ async def test_one_worker_of_our_own(serve: Serve, worker: ScriptedWorker) -> No
     body = (await served.http.get("/cluster")).json()
     assert (body["model"], body["cluster"], body["epoch"], body["problem"]) == (MODEL, None, None, None)
     assert (body["is_stale"], body["num_experts"]) == (False, 0)
+    nothing = {"count": 0, "p50_s": None, "p99_s": None}
+    assert body["gateway"]["latency"] == {"window_s": 60.0, "ttft": nothing, "itl": nothing}
+    assert body["gateway"]["needs_key"] is False
     assert [node["workers"] for node in body["nodes"]] == [["worker"]]
     assert body["workers"] == [
         {
@@ -81,6 +88,10 @@ async def test_one_worker_of_our_own(serve: Serve, worker: ScriptedWorker) -> No
             "pages_total": 64,
             "pages_free": 48,
             "generated_tokens": 7,
+            "prompt_tokens": 0,
+            "steps": 0,
+            "step_tokens": 0,
+            "sequence_steps": 0,
             "expert_calls": 0,
             "expert_rows": 0,
             "expert_s": 0.0,
@@ -88,6 +99,12 @@ async def test_one_worker_of_our_own(serve: Serve, worker: ScriptedWorker) -> No
             "shards": [],
         }
     ]
+    assert (await served.chat()).status_code == 200
+    latency = (await served.http.get("/cluster")).json()["gateway"]["latency"]
+    num_tokens = len(worker.answer(worker.submits[0]))
+    assert (latency["ttft"]["count"], latency["itl"]["count"]) == (1, num_tokens - 1)
+    assert 0 < latency["itl"]["p50_s"] <= latency["itl"]["p99_s"] < DEADLINE_S
+    assert 0 < latency["ttft"]["p50_s"] == latency["ttft"]["p99_s"] < DEADLINE_S
     await worker.kill()
     while (body := (await served.http.get("/cluster")).json())["workers"][0]["condition"] == "serving":
         pass

@@ -46,9 +46,9 @@ def test_a_cached_prefix_is_not_computed_but_its_last_token_is() -> None:
 
 
 def test_running_sequences_slow_each_step_and_take_of_its_budget() -> None:
-    busy = snapshot(num_running=4)
-    assert predict_ttft(busy, RequestSize(252)) == pytest.approx(0.010 + 4 * 0.002 + 252 * 0.001)
-    assert predict_ttft(busy, RequestSize(253)) == pytest.approx(2 * (0.010 + 4 * 0.002) + 253 * 0.001)
+    busy, step_s = snapshot(num_running=4), 0.010 + 4 * 0.002  # half of one is still to be done
+    assert predict_ttft(busy, RequestSize(252)) == pytest.approx(1.5 * step_s + 252 * 0.001)
+    assert predict_ttft(busy, RequestSize(253)) == pytest.approx(2.5 * step_s + 253 * 0.001)
 
 
 def test_what_waits_goes_first() -> None:
@@ -59,7 +59,7 @@ def test_what_waits_goes_first() -> None:
 def test_a_full_batch_waits_for_a_sequence_to_end() -> None:
     full = snapshot(num_running=8, pages_free=50)
     one_step = 0.010 + 8 * 0.002
-    prompt = one_step + 10 * 0.001
+    prompt = one_step / 2 + one_step + 10 * 0.001
     assert predict_ttft(full, RequestSize(10)) == pytest.approx(50 / 8 * one_step + prompt)
     behind_two = snapshot(num_running=8, num_waiting=2, pages_free=50)
     assert predict_ttft(behind_two, RequestSize(10)) == pytest.approx(3 * 50 / 8 * one_step + prompt)

@@ -137,6 +137,17 @@ def test_what_is_missing_is_said(
                 cluster.wait_whole(0.0)
 
 
+@pytest.mark.parametrize(("shards", "problem"), [((16, 16), ""), ((8, 8), "experts held: [8, 8]")])
+def test_a_cluster_with_copies_is_whole_when_every_expert_has_them(
+    shards: tuple[int, ...], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_process, "is_ready", lambda url: True)
+    with Child("idle", ["sleep", "60"], os.environ) as child:
+        settings = own_settings(local=2, expert_copies=3)  # no more than there are workers
+        cluster = Told(child, settings, known=CHILDREN, seen=_now(_status(*shards)))
+        assert cluster.problem() == problem
+
+
 def test_a_node_whose_ray_is_still_starting_is_missing_though_its_workers_report() -> None:
     with Child("idle", ["sleep", "60"], os.environ) as child:
         cluster = Told(child, own_settings(local=2), known=CHILDREN, seen=_now(_status(8, 8)), starting="ray-1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 
+from cluster.control.model import DEMO_PATH
 from loadtests.cluster_process import LocalCluster
 from loadtests.faults import KINDS, Kind, Look, Stroke, working
 from tests.support.openai_server import DEADLINE_S
@@ -54,7 +56,10 @@ def test_every_part_of_a_cluster_is_killed_and_what_can_hang_is_stopped() -> Non
         "controller": signal.SIGKILL,
         "redis": signal.SIGKILL,
         "controller_expert": signal.SIGKILL,
+        "controller_hung_expert": signal.SIGKILL,
         "ray_head": signal.SIGKILL,
+        "attention_4k": signal.SIGKILL,
+        "expert_replica": signal.SIGKILL,
         "expert_hung": signal.SIGSTOP,
         "attention_hung": signal.SIGSTOP,
         "controller_hung": signal.SIGSTOP,
@@ -64,6 +69,12 @@ def test_every_part_of_a_cluster_is_killed_and_what_can_hang_is_stopped() -> Non
     never_pause = {"controller", "redis", "controller_hung", "redis_hung", "ray_head"}
     assert {kind.name for kind in KINDS if not kind.may_pause} == never_pause
     assert [kind.name for kind in KINDS if kind.breaks_streams] == ["gateway_hung"]
+    assert {kind.name: kind.goal_s for kind in KINDS if kind.goal_s} == {"expert_replica": 1.0, "attention_4k": 2.0}
+
+
+def test_the_longest_request_is_as_long_as_its_note_says() -> None:
+    context = json.loads((DEMO_PATH / "config.json").read_text())["max_position_embeddings"]
+    assert f"{context} tokens" in _kind("attention_4k").note
 
 
 def test_an_attention_worker_is_at_work_when_it_has_requests_that_run_or_wait() -> None:
@@ -122,6 +133,16 @@ def test_two_are_struck_at_the_same_moment(sleeper: subprocess.Popen[bytes]) -> 
         assert not _kind("controller_expert").strike(before, "expert-0").is_delivered
 
 
+@pytest.mark.needs("linux")
+def test_one_hangs_while_the_other_dies(sleeper: subprocess.Popen[bytes]) -> None:
+    with subprocess.Popen(["sleep", "600"], start_new_session=True) as other:
+        before = replace(BEFORE, children={"controller": sleeper.pid}, workers={"expert-0": other.pid})
+        assert _kind("controller_hung_expert").strike(before, "expert-0").is_delivered
+        assert other.wait(DEADLINE_S) == -signal.SIGKILL
+        _, status = os.waitpid(sleeper.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "after", "said"),
     [
@@ -168,6 +189,12 @@ def test_a_kill_that_struck_nothing_is_known(kind: str, name: str, after: Look, 
             "no other controller leads",
         ),
         ("controller_expert", "expert-0", _look(epoch=4, children={"controller": 9}, workers={"expert-0": 9}), ""),
+        (
+            "controller_hung_expert",
+            "expert-0",
+            _look(epoch=4, workers={"expert-0": 9}),
+            "controller has not been started again",
+        ),
     ],
 )
 def test_a_fault_is_over_when_who_was_struck_is_there_again(kind: str, name: str, now: Look | None, said: str) -> None:

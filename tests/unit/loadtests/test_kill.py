@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -14,8 +15,8 @@ import pytest
 from cluster.environment import PACKAGES
 from loadtests import kill
 from loadtests.cluster_process import LocalCluster
-from loadtests.faults import KINDS
-from loadtests.kill import QUICK, TRIES, Options, Tally, kill_once, main, rows
+from loadtests.faults import KINDS, Kind, Look
+from loadtests.kill import QUICK, TRIES, TURNS, Options, Tally, kill_once, main, rows
 from loadtests.kill_round import Round
 from loadtests.processes import BenchError
 from loadtests.report import as_json
@@ -49,6 +50,18 @@ def test_every_kind_and_all_have_every_figure() -> None:
     assert found["expert", "pause_p50_s"].value == pytest.approx(0.2)
     assert found["expert", "pause_p50_s"].baseline == pytest.approx(0.1)
     assert found["expert", "whole_p50_s"].value == pytest.approx(3.0)
+    assert {row.num_samples for (case, metric), row in found.items() if case != "redis" and "_p" in metric} == {2}
+
+
+def test_a_kind_with_a_goal_has_it_beside_its_pause_and_says_what_it_is() -> None:
+    found = {row.metric: row for row in rows({"attention_4k": _tally(GOOD)}) if row.case == "attention_4k"}
+    assert {metric: row.goal for metric, row in found.items() if row.goal} == {"pause_p99_s": "<= 2"}
+    assert found["kills"].note == next(kind.note for kind in KINDS if kind.name == "attention_4k")
+    missed = _tally(GOOD)
+    missed.num_missed, missed.reason = 1, "it was over"
+    (row,) = [row for row in rows({"attention_4k": missed}) if (row.case, row.metric) == ("attention_4k", "kills")]
+    assert row.note.startswith(found["kills"].note)
+    assert row.note.endswith("; 1 more struck nothing: it was over")
 
 
 def test_a_kind_that_cannot_be_done_says_so_beside_its_zero() -> None:
@@ -144,10 +157,12 @@ def test_the_exit_code_tells(bad: dict[str, int], code: int, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("arguments", "kills", "is_told"),
     [
-        ([], 3 * len(KINDS), False),
+        ([], TURNS * len(KINDS), False),
         (["--quick"], len(QUICK), False),
         (["--quick", "--kills", "2"], 2, False),
         (["--quick", "--kills", "9"], 9, True),
+        (["--only", "redis", "--only", "expert"], 2 * TURNS, False),
+        (["--only", "ray_head", "--quick"], 1, False),
     ],
 )
 def test_as_many_kills_are_done_as_were_asked_for(
@@ -167,7 +182,8 @@ def test_as_many_kills_are_done_as_were_asked_for(
     monkeypatch.setattr(kill, "run", run)
     assert main(arguments) == 0
     assert seen[0].kills == kills
-    assert {kind.name for kind in seen[0].kinds} == set(QUICK if seen[0].quick else [kind.name for kind in KINDS])
+    kinds = seen[0].only or (QUICK if seen[0].quick else [kind.name for kind in KINDS])
+    assert {kind.name for kind in seen[0].kinds} == set(kinds)
     assert ("take longer than the minute" in capsys.readouterr().err) == is_told
 
 
@@ -189,3 +205,47 @@ def test_it_runs_as_a_file(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "--kills must be at least 1, not 0" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
+
+
+def _run(options: Options, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], dict[str, Tally]]:
+    """What happens in turn: clusters by their copies, kills by their kind."""
+    done: list[str] = []
+
+    @contextlib.contextmanager
+    def whole_cluster(*, expert_copies: int, **_: Any) -> Iterator[LocalCluster]:
+        done.append(f"cluster {expert_copies}")
+        yield cast(LocalCluster, None)
+
+    def kill_once(_options: Options, _cluster: LocalCluster, kind: Kind, _rng: Any, tally: Tally, _say: Any) -> None:
+        done.append(kind.name)
+        tally.add(GOOD)
+
+    here = Look(
+        0.0, 1, dict.fromkeys(("controller", "redis", "gateway", "ray-0"), 1), {"attention-0": 2, "expert-0": 3}, 0
+    )
+    monkeypatch.setattr(kill, "whole_cluster", whole_cluster)
+    monkeypatch.setattr(kill, "kill_once", kill_once)
+    monkeypatch.setattr(kill, "look", lambda _: here)
+    tallies = {kind.name: Tally() for kind in KINDS}
+    kill.run(options, tallies, lambda _: None)
+    return done, tallies
+
+
+def test_each_kind_is_killed_in_a_cluster_of_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    done, tallies = _run(Options(7, 2 * len(KINDS)), monkeypatch)
+    second = done.index("cluster 2")
+    assert (done[0], done.count("cluster 1"), done.count("cluster 2")) == ("cluster 1", 1, 1)
+    assert done[second + 1 :] == ["expert_replica"] * 2
+    assert {name: tally.kills for name, tally in tallies.items()} == {kind.name: 2 for kind in KINDS}
+
+
+def test_no_cluster_is_started_that_nobody_is_killed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _run(Options(7, 1, only=("expert_replica",)), monkeypatch)[0] == ["cluster 2", "expert_replica"]
+    done, tallies = _run(Options(7, 1, only=("redis", "expert")), monkeypatch)
+    assert (done[0], len(done)) == ("cluster 1", 2)
+    assert tallies["expert_replica"].reason == "left out by --only"
+    (other,) = {"redis", "expert"} - set(done)
+    assert tallies[other].reason == "1 kills in all: none of this kind was drawn"

@@ -18,7 +18,16 @@ from cluster.protocol import EngineState
 from cluster.store.records import ClusterStatus, WorkerStatus
 from loadtests.cluster_process import LocalCluster
 from loadtests.faults import Kind, Look, Stroke
-from loadtests.kill_round import Disturbance, Request, compared, pages_in_use, pauses, requests, undisturbed
+from loadtests.kill_round import (
+    Disturbance,
+    Request,
+    compared,
+    long_request,
+    pages_in_use,
+    pauses,
+    requests,
+    undisturbed,
+)
 from loadtests.processes import BenchError
 from loadtests.token_streams import Difference, Sample, TokenStream
 
@@ -43,6 +52,14 @@ def test_requests_have_what_must_survive() -> None:
     (chat,) = [request for request in asked if request.path == "/v1/chat/completions"]
     assert chat.body["logprobs"]
     assert [request.num_tokens // request.body["max_tokens"] for request in asked] == [1, 1, 2, 1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_long_request_fills_the_context(seed: int) -> None:
+    request = long_request(random.Random(seed), WORDS, "m", (48, 80), 4096)
+    assert 48 <= request.num_tokens <= 80
+    assert len(request.body["prompt"]) + request.num_tokens == 4096
+    assert request == long_request(random.Random(seed), WORDS, "m", (48, 80), 4096)
 
 
 # ------------------------------------------------------------------------------------------------------ a disturbance

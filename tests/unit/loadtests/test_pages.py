@@ -29,3 +29,6 @@ def test_a_row_without_a_value_says_why() -> None:
     text = page({"x.json": [row]})
     assert "| single/llama_cpp | throughput_ratio | – | ratio | – | – | no llama-server named |" in text
     assert "a machine; commit abc" in text
+    sampled = row | {"value": 2.0, "num_samples": 3, "reason": ""}
+    assert "| – | – | n = 3 |" in page({"x.json": [sampled]})
+    assert "| – | – | n = 3; of two |" in page({"x.json": [sampled | {"note": "of two"}]})

@@ -64,6 +64,17 @@ def test_the_table_has_every_row_and_reason() -> None:
         assert part in text
 
 
+def test_of_how_many_a_percentile_was_taken_stands_beside_it() -> None:
+    sampled = Row(bench="b", case="c", metric="p99_s", unit="s", value=1.0, num_samples=37)
+    assert as_json(sampled)["num_samples"] == 37
+    assert "num_samples" not in as_json(MEASURED)
+    for rows, is_there in (([MEASURED, sampled], True), ([MEASURED], False)):
+        console = Console(width=140, record=True, file=io.StringIO())
+        print_table(rows, console)
+        words = console.export_text().split()
+        assert ("n" in words, "37" in words) == (is_there, is_there)
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(1993.24, "1993"), (12.345, "12.3"), (1.3449, "1.34"), (0.0000213, "0.0000213"), (0, "0"), (None, "–")],

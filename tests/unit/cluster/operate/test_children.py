@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -23,6 +24,7 @@ from tests.support.processes import has_ended, wait_for_end
 pytestmark = pytest.mark.needs("linux")
 
 DEADLINE_S = 20.0
+MAY_RENICE = 1 << 23 | 1 << 21  # CAP_SYS_NICE, CAP_SYS_ADMIN
 SLEEP = "import time; time.sleep(600)"
 # A process that starts one in its session and one in a session of its own, and says who they are.
 FAMILY = f"""
@@ -222,3 +224,13 @@ def test_a_sweep_leaves_others_alone(child: Callable[..., Child]) -> None:
     one.start()
     assert sweep(secrets.token_hex(8)) == 0
     assert one.pid is not None
+
+
+def test_a_session_has_its_own_niceness_where_that_is_permitted(child: Callable[..., Child]) -> None:
+    one = child(SLEEP, niceness=-7)
+    one.start()
+    assert one.pid is not None
+    autogroup = Path(f"/proc/{one.pid}/autogroup")
+    (held,) = re.findall(r"^CapEff:\t(\w+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if autogroup.exists() and int(held, 16) & MAY_RENICE == MAY_RENICE:
+        assert autogroup.read_text().split()[-1] == "-7"

@@ -40,12 +40,17 @@ def redis() -> Iterator[RedisServer]:
     ("given", "expected_s"),
     [
         ({}, 15.0),
-        ({"lease_s": 10, "orphan_timeout_s": 150}, 50.0),
+        ({"lease_s": 10, "orphan_timeout_s": 150, "reroute_timeout_s": 90}, 50.0),
         ({"orphan_timeout_s": 20}, 5.0),
-        ({"orphan_timeout_s": 600}, 150.0),
+        ({"orphan_timeout_s": 600}, 38.0),
+        ({"orphan_timeout_s": 600, "reroute_timeout_s": 600}, 150.0),
+        ({"reroute_timeout_s": 30}, 8.0),
+        ({"reroute_timeout_s": 27}, 5.0),
     ],
 )
-def test_it_is_noticed_long_before_workers_end_but_not_for_a_pause(given: dict[str, float], expected_s: float) -> None:
+def test_it_is_noticed_long_before_workers_end_and_requests_give_up_but_not_for_a_pause(
+    given: dict[str, float], expected_s: float
+) -> None:
     assert hung_after_s(load(given)) == expected_s
 
 

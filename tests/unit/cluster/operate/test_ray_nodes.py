@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +7,8 @@ import pytest
 
 from cluster.control.topology import local_topology
 from cluster.machine import this_machine
-from cluster.operate.ray_nodes import ADDRESS_FILE, is_started, node_children, node_environment, node_names
+from cluster.operate.ray_nodes import ADDRESS_FILE, STARTED, is_started, node_children, node_environment, node_names
+from tests.support.eventually import wait_until
 
 TOKEN = "0123456789abcdef"
 
@@ -51,20 +51,26 @@ def test_a_node_has_its_token_and_nothing_of_ours_or_of_another_ray() -> None:
     assert not {"FORETOKEN_TOKEN", "HF_TOKEN", "RAY_ADDRESS"} & set(environment)
 
 
-def test_a_node_is_started_again_once_its_head_listens_and_a_head_whatever_it_left(tmp_path: Path) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        head, node = node_children(
-            2,
-            port=listener.getsockname()[1],
-            folder=tmp_path,
-            logs=tmp_path,
-            environment=_environment(),
-            machine=this_machine(),
-        )
-        assert (head.may_start(), node.may_start()) == (True, False)
-        listener.listen()
+def test_a_node_is_started_again_once_its_head_runs(tmp_path: Path) -> None:
+    head, node = node_children(
+        2, port=1, folder=tmp_path, logs=tmp_path, environment=_environment(), machine=this_machine()
+    )
+    assert (head.may_start(), node.may_start()) == (True, False)
+    said = tmp_path / "said"
+    head.command = ("sh", "-c", f"echo '{STARTED}.'; touch {said}; exec sleep 60")
+    head.start()
+    try:
+        wait_until(said.exists)
         assert node.may_start()
+    finally:
+        head.end_session()
+    assert not node.may_start(), "what a head said that is gone"
+
+
+def test_a_head_is_started_whatever_it_left(tmp_path: Path) -> None:
+    (head,) = node_children(
+        1, port=1, folder=tmp_path, logs=tmp_path, environment=_environment(), machine=this_machine()
+    )
     (option,) = [option for option in head.command if option.startswith("--temp-dir=")]
     left = Path(option.removeprefix("--temp-dir=")) / ADDRESS_FILE
     left.parent.mkdir()
