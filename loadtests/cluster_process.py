@@ -31,7 +31,7 @@ NUM_NODES = 3
 STARTING = "Local node IP:"  # the first line of `ray start`
 RAYLET = b"/raylet"  # a node's process
 END_S = 60.0  # until nothing is left of a cluster that was told to end
-FLAGS = ("local", "port", "cluster_name", "attention_workers", "expert_workers")  # in the command
+FLAGS = ("local", "port", "cluster_name", "attention_workers", "expert_workers", "expert_copies")  # in the command
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class LocalCluster:
     def server(self) -> Server:
         """Once it is ready."""
         return Server(self.url, served_model(self.url))
+
+    @cached_property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer, once it is ready."""
+        return int(msgspec.json.decode(get(self.url, "/v1/models"))["data"][0]["max_model_len"])
 
     @property
     def url(self) -> str:
@@ -106,7 +111,8 @@ class LocalCluster:
         if len(serving) < wanted or len(serving) < len(status.workers):
             return f"{len(serving)} of {wanted} workers serve"
         shards = [worker.num_experts for worker in serving if worker.role == "expert"]
-        if min(shards, default=0) == 0 or sum(shards) != status.num_experts * status.num_layers:
+        num_copies = min(self.settings.expert_copies, len(shards))
+        if min(shards, default=0) == 0 or sum(shards) != status.num_experts * status.num_layers * num_copies:
             return f"experts held: {shards}"
         return "" if is_ready(self.url) else "the gateway is not ready"
 
@@ -185,10 +191,15 @@ def local_cluster(settings: Settings, variables: Mapping[str, str] | None = None
 
 @contextlib.contextmanager
 def whole_cluster(
-    num_nodes: int = NUM_NODES, *, start_timeout_s: float, variables: Mapping[str, str] | None = None
+    num_nodes: int = NUM_NODES,
+    *,
+    start_timeout_s: float,
+    variables: Mapping[str, str] | None = None,
+    expert_copies: int = 1,
 ) -> Iterator[LocalCluster]:
     """A `local_cluster` under a name of its own, once it is whole."""
-    settings = own_settings(local=num_nodes, cluster_name=f"loadtest-{secrets.token_hex(4)}")
+    name = f"loadtest-{secrets.token_hex(4)}"
+    settings = own_settings(local=num_nodes, cluster_name=name, expert_copies=expert_copies)
     with local_cluster(settings, variables) as cluster:
         cluster.wait_whole(start_timeout_s)
         yield cluster

@@ -74,9 +74,14 @@ class Kind:
     number: signal.Signals
     may_pause: bool  # False: streams go on without a pause, and are sent again until the cluster is whole again
     also: str = ""  # the name of a child that is struck at the same moment
+    also_number: signal.Signals | None = None  # with which signal; None: the same
     leads_anew: bool = False  # another controller must lead, before workers end for want of one
     breaks_streams: bool = False  # they end with whom it strikes, cut off; sent again afterwards they are whole
     is_kept_away: bool = False  # it is struck again whenever it is back, for `AWAY_S`
+    copies: int = 1  # of each expert, in a cluster of its own
+    is_long: bool = False  # one request alone, as long as the model's context
+    goal_s: float | None = None  # of the pause, at the 99th percentile
+    note: str = ""  # what is measured that the name does not say
 
     @property
     def of_worker(self) -> bool:
@@ -97,19 +102,21 @@ class Kind:
 
     def strike(self, before: Look, name: str) -> Stroke:
         at_s, wall_s = time.monotonic(), time.time()
-        delivered = [self._signal(before, each) for each in self._struck(name)]
+        delivered = [self._signal(before, each, number) for each, number in self._struck(name).items()]
         return Stroke(name, at_s, wall_s, all(delivered))
 
-    def _struck(self, name: str) -> tuple[str, ...]:
-        return (self.also, name) if self.also else (name,)
+    def _struck(self, name: str) -> dict[str, signal.Signals]:
+        """Each with its signal."""
+        also = {self.also: self.also_number or self.number} if self.also else {}
+        return also | {name: self.number}
 
-    def _signal(self, before: Look, name: str) -> bool:
+    def _signal(self, before: Look, name: str, number: signal.Signals) -> bool:
         pid = before.pid(name)
         assert pid is not None
-        is_delivered = _send(pid, self.number)
-        if self.number == signal.SIGKILL and name in before.children:
+        is_delivered = _send(pid, number)
+        if number == signal.SIGKILL and name in before.children:
             for other in in_session(pid):  # what it started dies with it
-                _send(other, self.number)
+                _send(other, number)
         return is_delivered
 
     def within_s(self, cluster: LocalCluster) -> float:
@@ -184,7 +191,34 @@ KINDS = (
     Kind("expert_hung", "expert", signal.SIGSTOP, may_pause=True),
     Kind("attention_hung", "attention", signal.SIGSTOP, may_pause=True),
     Kind("controller_hung", "controller", signal.SIGSTOP, may_pause=False, leads_anew=True),
+    Kind(
+        "controller_hung_expert",
+        "expert",
+        signal.SIGKILL,
+        may_pause=True,
+        also="controller",
+        also_number=signal.SIGSTOP,
+        leads_anew=True,
+    ),
     Kind("redis_hung", "redis", signal.SIGSTOP, may_pause=False),
     Kind("gateway_hung", "gateway", signal.SIGSTOP, may_pause=True, breaks_streams=True),
     Kind("ray_head", "ray-0", signal.SIGKILL, may_pause=False, is_kept_away=True),
+    Kind(
+        "attention_4k",
+        "attention",
+        signal.SIGKILL,
+        may_pause=True,
+        is_long=True,
+        goal_s=2.0,
+        note="one request, whose prompt and answer fill the demo model's context of 4096 tokens",
+    ),
+    Kind(
+        "expert_replica",
+        "expert",
+        signal.SIGKILL,
+        may_pause=True,
+        copies=2,
+        goal_s=1.0,
+        note="expert_copies 2: another worker has what the killed one had",
+    ),
 )

@@ -5,25 +5,31 @@ undisturbed, then again while, at a seeded moment, one process is killed or stop
 token by token, with logprobs, texts and ends. The next kill comes when the cluster is whole again, and before that no
 attention worker may have a KV page in use (`pages_leaked`).
 
-A kill counts only where it struck something: the worker had requests that another one went on with, Ray's nodes died
-of their head's absence, what was struck was there and had to be started again. One that struck nothing is repeated.
+A kill counts only where it struck something: the worker had requests that another one went on with, Ray's nodes died of
+their head's absence, what was struck was there and had to be started again. One that struck nothing is repeated.
 
-`pause_p50_s` and `pause_p99_s` are over kills, of each the longest pause of any stream: from the sending to the first
-token, or between two events, where that ended after the signal. A fault may touch some of the streams only; theirs is
-the longest, or the kill is shown worse than it was. Of controller, Redis and Ray's head no stream may pause: theirs is
-the longest gap of any stream while the requests are sent again and again, until the cluster is whole. The baseline is
-the same of the undisturbed streams. `whole_p50_s` and `whole_p99_s` are from the signal until the cluster is whole: the
-process is back, every worker serves, the experts are shared out, and after a controller's fault another one leads.
+`pause_p50_s` and `pause_p99_s` are over kills (`num_samples` of them, n in the table), of each the longest pause of any
+stream: from the sending to the first token, or between two events, where that ended after the signal. A fault may touch
+some of the streams only; theirs is the longest, or the kill is shown worse than it was. Of controller, Redis and Ray's
+head no stream may pause: theirs is the longest gap of any stream while the requests are sent again and again, until the
+cluster is whole. The baseline is the same of the undisturbed streams. `whole_p50_s` and `whole_p99_s` are from the
+signal until the cluster is whole: the process is back, every worker serves, the experts are shared out, and after a
+controller's fault another one leads.
 
 What a gateway streams ends with it (`gateway_hung`): such a stream counts among `requests_failed`, with a `note`, and
 is no fault where all that came of it was right and the same request, sent again when the gateway is back, is whole.
 
+`expert_replica` has a cluster of its own, with two copies of each expert. `attention_4k` streams one request alone,
+which fills the demo model's context: its pause is what the survivor takes to compute the prompt again. In
+`controller_hung_expert` requests wait for experts that nobody holds, until the controller that hangs is replaced.
+
 Exit code 0 only where every kill struck and nothing was lost, repeated, different, leaked or otherwise failed.
 
-`--quick` leaves out what hangs, Ray's head and the controller by itself, and says so in their rows: the start of a
-cluster takes half of its minute on two cores, a hang is one only after five leases (experts, attention) or 15 s (a
-quarter of `orphan_timeout_s`), and Ray's head stays away for 8 s. They can share no wait: what dies while Ray's head or
-the controller is away is not started again, and of two faults at once a pause would be nobody's.
+`--quick` leaves out what hangs, Ray's head, the controller by itself, and what has a cluster or a request of its own,
+and says so in their rows: the start of a cluster takes half of its minute on two cores, a hang is one only after five
+leases (experts, attention) or 15 s (a quarter of `orphan_timeout_s`), and Ray's head stays away for 8 s. They can share
+no wait: what dies while Ray's head or the controller is away is not started again, and of two faults at once a pause
+would be nobody's.
 """
 
 from __future__ import annotations
@@ -33,8 +39,8 @@ import asyncio
 import random
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: its own folder is on the path then, not the packages'
@@ -56,6 +62,7 @@ from loadtests.workload import word_ids
 BENCH = "kill"
 COUNTED = "kills"  # the metric that every kind has, done or not
 START_S = 300.0
+TURNS = 3  # of each kind, where nobody says how many kills
 TRIES = 3  # of a kill that strikes nothing
 QUICK = ("expert", "attention", "redis", "controller_expert")
 CUT = "ended with their gateway, as docs/architecture.md has it; sent again they were whole"
@@ -68,10 +75,17 @@ class Options:
     kills: int
     quick: bool = False
     json_path: Path | None = None
+    only: tuple[str, ...] = ()  # names of kinds; none: all
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        return tuple(kind for kind in KINDS if not self.quick or kind.name in QUICK)
+        return tuple(kind for kind in KINDS if not self.left_out(kind))
+
+    def left_out(self, kind: Kind) -> str:
+        """The option that leaves this kind out; "": it is done."""
+        if self.only:
+            return "" if kind.name in self.only else "--only"
+        return "--quick" if self.quick and kind.name not in QUICK else ""
 
     @property
     def output_tokens(self) -> tuple[int, int]:
@@ -128,21 +142,33 @@ class Tally:
 def run(options: Options, tallies: dict[str, Tally], say: Callable[[str], None]) -> None:
     """`kills` kills, the kinds in seeded turns, into `tallies`. Raises `BenchError` where it cannot go on."""
     rng = random.Random(options.seed)
-    say("starting a cluster")
-    started = time.monotonic()
-    with whole_cluster(start_timeout_s=START_S, variables=ENVIRONMENT) as cluster:
-        say(f"it is whole after {time.monotonic() - started:.0f} s")
-        possible = _possible(options, cluster, tallies)
-        order: list[Kind] = []
-        while len(order) < options.kills and possible:
-            order += rng.sample(possible, len(possible))
-        for number, kind in enumerate(order[: options.kills], start=1):
-            say(f"kill {number} of {options.kills}: {kind.name}, {time.monotonic() - started:.0f} s after the start")
-            kill_once(options, cluster, kind, rng, tallies[kind.name], say)
+    order: list[Kind] | None = None  # not drawn yet
+    for copies in sorted({kind.copies for kind in options.kinds}):
+        if order is not None and all(kind.copies != copies for kind in order):
+            continue
+        say("starting a cluster" + f" with {copies} copies of each expert" * (copies > 1))
+        started = time.monotonic()
+        with whole_cluster(start_timeout_s=START_S, variables=ENVIRONMENT, expert_copies=copies) as cluster:
+            say(f"it is whole after {time.monotonic() - started:.0f} s")
+            if order is None:
+                order = _drawn(options, _possible(options, cluster, tallies), rng, tallies)
+            for number, kind in enumerate(order, start=1):
+                if kind.copies == copies:
+                    since_s = time.monotonic() - started
+                    say(f"kill {number} of {options.kills}: {kind.name}, {since_s:.0f} s after the start")
+                    kill_once(options, cluster, kind, rng, tallies[kind.name], say)
+
+
+def _drawn(options: Options, possible: Sequence[Kind], rng: random.Random, tallies: dict[str, Tally]) -> list[Kind]:
+    """The kills, in seeded turns of the kinds; those of one cluster one after the other."""
+    order: list[Kind] = []
+    while len(order) < options.kills and possible:
+        order += rng.sample(possible, len(possible))
+    order = order[: options.kills]
     for kind in possible:
-        tally = tallies[kind.name]
-        if not tally.kills and not tally.reason:
-            tally.reason = f"{options.kills} kills in all: none of this kind was drawn"
+        if kind not in order:
+            tallies[kind.name].reason = f"{options.kills} kills in all: none of this kind was drawn"
+    return sorted(order, key=lambda kind: kind.copies)
 
 
 def _possible(options: Options, cluster: LocalCluster, tallies: dict[str, Tally]) -> list[Kind]:
@@ -151,8 +177,8 @@ def _possible(options: Options, cluster: LocalCluster, tallies: dict[str, Tally]
     if now is None:
         raise BenchError("the status of a whole cluster cannot be read")
     for kind in KINDS:
-        if kind not in options.kinds:
-            tallies[kind.name].reason = "left out by --quick"
+        if option := options.left_out(kind):
+            tallies[kind.name].reason = f"left out by {option}"
         elif not kind.names(now):
             tallies[kind.name].reason = NO_PROCESS
     return [kind for kind in options.kinds if not tallies[kind.name].reason]
@@ -196,7 +222,9 @@ def rows(tallies: dict[str, Tally]) -> list[Row]:
 
 def _rows(case: str, tally: Tally) -> list[Row]:
     difference = tally.difference
-    note = f"{tally.num_missed} more struck nothing: {tally.reason}" if tally.num_missed and tally.kills else ""
+    note = "; ".join(kind.note for kind in KINDS if kind.name == case and kind.note)
+    if tally.num_missed and tally.kills:
+        note = f"{note}; {tally.num_missed} more struck nothing: {tally.reason}".removeprefix("; ")
     found = [Row(bench=BENCH, case=case, metric=COUNTED, unit="count", value=float(tally.kills), note=note)]
     if not tally.kills:
         found = [Row(bench=BENCH, case=case, metric=COUNTED, unit="count", value=0.0, reason=tally.reason)]
@@ -220,18 +248,28 @@ def _rows(case: str, tally: Tally) -> list[Row]:
         ("whole", tally.whole_s, []),
     )
     return found + [
-        _time(case, f"{name}_p{percent}_s", percent, values, baselines, tally.reason)
+        _time(case, name, percent, values, baselines, tally.reason)
         for name, values, baselines in times
         for percent in (50, 99)
     ]
 
 
-def _time(case: str, metric: str, percent: int, values: list[float], baselines: list[float], reason: str) -> Row:
+def _time(case: str, name: str, percent: int, values: list[float], baselines: list[float], reason: str) -> Row:
+    metric = f"{name}_p{percent}_s"
     if not values:
         return Row(bench=BENCH, case=case, metric=metric, unit="s", reason=reason)
-    baseline = percentile(sorted(baselines), percent) if baselines else None
-    value = percentile(sorted(values), percent)
-    return Row(bench=BENCH, case=case, metric=metric, unit="s", value=value, baseline=baseline)
+    is_goal = (name, percent) == ("pause", 99)
+    goal_s = next((kind.goal_s for kind in KINDS if is_goal and kind.name == case), None)
+    return Row(
+        bench=BENCH,
+        case=case,
+        metric=metric,
+        unit="s",
+        value=percentile(sorted(values), percent),
+        baseline=percentile(sorted(baselines), percent) if baselines else None,
+        num_samples=len(values),
+        goal="" if goal_s is None else f"<= {goal_s:g}",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -240,15 +278,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--kills",
         type=int,
-        help=f"in all; the kinds take turns (default: {3 * len(KINDS)}, with --quick {len(QUICK)})",
+        help=f"in all; the kinds take turns (default: {TURNS} of each, with --quick 1)",
     )
     parser.add_argument("--quick", action="store_true", help=f"of {', '.join(QUICK)} only, and shorter streams")
+    parser.add_argument(
+        "--only", action="append", default=[], choices=[kind.name for kind in KINDS], help="of this kind; repeatable"
+    )
     parser.add_argument("--json", type=Path, dest="json_path", help="write the rows there as well")
     given = parser.parse_args(argv)
-    kills = (len(QUICK) if given.quick else 3 * len(KINDS)) if given.kills is None else given.kills
+    options = Options(given.seed, TURNS, given.quick, given.json_path, tuple(given.only))
+    kills = len(options.kinds) * (1 if given.quick else TURNS) if given.kills is None else given.kills
     if kills < 1:
         parser.error(f"--kills must be at least 1, not {kills}")
-    options = Options(given.seed, kills, given.quick, given.json_path)
+    options = replace(options, kills=kills)
     console = Console(stderr=True)
 
     def say(text: str, style: str = "dim") -> None:

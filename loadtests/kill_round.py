@@ -75,6 +75,17 @@ def requests(rng: random.Random, words: Sequence[int], model: str, output_tokens
     ]
 
 
+def long_request(
+    rng: random.Random, words: Sequence[int], model: str, output_tokens: tuple[int, int], context: int
+) -> Request:
+    """One whose prompt and answer are `context` tokens."""
+    num_output = rng.randint(*output_tokens)
+    (prompt,) = random_prompts(words, [context - num_output], rng.randrange(2**31))
+    drawn = {"temperature": 0.8, "seed": rng.randrange(2**31)}
+    body = {"model": model, "prompt": prompt, "max_tokens": num_output, "ignore_eos": True}
+    return Request("/v1/completions", body | drawn)
+
+
 async def undisturbed(url: str, asked: Sequence[Request]) -> list[TokenStream]:
     """Raises `BenchError` where one fails: then there is nothing to compare with."""
     streams = [TokenStream() for _ in asked]
@@ -171,7 +182,10 @@ async def one_round(
     output_tokens: tuple[int, int],
 ) -> Round:
     """Undisturbed, disturbed, compared, and the pages counted. Raises `BenchError` where it cannot be measured."""
-    asked = requests(rng, words, cluster.server.model, output_tokens)
+    if kind.is_long:
+        asked = [long_request(rng, words, cluster.server.model, output_tokens, cluster.max_model_len)]
+    else:
+        asked = requests(rng, words, cluster.server.model, output_tokens)
     expected = await undisturbed(cluster.url, asked)
     before = await asyncio.to_thread(look, cluster)
     if before is None:

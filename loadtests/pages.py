@@ -27,7 +27,8 @@ def page(files: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         )
         for row in rows:
             figures = (show(row["value"]), row["unit"], show(row["baseline"]), show(row["ratio"]))
-            words = row.get("reason") or row.get("note", "")
+            samples = f"n = {row['num_samples']}" if "num_samples" in row else ""
+            words = "; ".join(filter(None, (samples, row.get("reason") or row.get("note"))))
             parts.append(f"| {row['case']} | {row['metric']} | {' | '.join(figures)} | {words} |\n")
     return "".join(parts)
 

@@ -28,8 +28,8 @@ class Row:
     """One figure. `value` None: it was not measured, and `reason` says why; a count of 0 may have one too. Shares and
     ratios are fractions.
 
-    `baseline` is the same figure of what it is compared with; `note` names that and its settings. `goal` is for the
-    table only.
+    `baseline` is the same figure of what it is compared with; `note` names that and its settings. `num_samples` is of
+    how many a percentile was taken. `goal` is for the table only.
     """
 
     bench: str
@@ -41,6 +41,7 @@ class Row:
     reason: str = ""
     note: str = ""
     goal: str = ""
+    num_samples: int | None = None
 
     def __post_init__(self) -> None:
         assert bool(self.reason) == (self.value is None) or self.value == 0, "a row has a value, or a reason for none"
@@ -98,6 +99,8 @@ def as_json(row: Row) -> dict[str, Any]:
         "machine": machine(),
         "commit": commit(),
     }
+    if row.num_samples is not None:
+        written["num_samples"] = row.num_samples
     return written | {name: text for name, text in (("reason", row.reason), ("note", row.note)) if text}
 
 
@@ -125,11 +128,13 @@ def print_table(rows: Sequence[Row], console: Console | None = None) -> None:
     if not console.is_terminal:  # a file or a pipe has room
         console.width = max(console.width, 140)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("case", "metric", "value", "unit", "baseline", "ratio", "goal"):
-        is_number = column in ("value", "baseline", "ratio", "goal")
+    has_samples = any(row.num_samples is not None for row in rows)
+    for column in ("case", "metric", "value", "unit", *["n"] * has_samples, "baseline", "ratio", "goal"):
+        is_number = column in ("value", "n", "baseline", "ratio", "goal")
         table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
     for row in rows:
-        cells = (show(row.value), row.unit, show(row.baseline), show(row.ratio), row.goal)
+        samples = ["" if row.num_samples is None else str(row.num_samples)] * has_samples
+        cells = (show(row.value), row.unit, *samples, show(row.baseline), show(row.ratio), row.goal)
         table.add_row(row.case, row.metric, *cells, style="dim" if row.reason else None)
     console.print(table)
     for row in rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from cluster.errors import StoreUnavailableError
 from cluster.gateway.discovery import WorkerDiscovery
 from cluster.gateway.pool import Endpoint, WorkerPool
 from cluster.store.memory import MemoryStore
+from tests.support.eventually import eventually
 from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker, hello
 
 pytestmark = pytest.mark.anyio
@@ -71,12 +72,6 @@ async def pool(store: FickleStore) -> AsyncIterator[WorkerPool]:
             await task
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 def names(pool: WorkerPool) -> list[str]:
     return sorted(endpoint.name for endpoint in pool.endpoints)
 
@@ -88,13 +83,13 @@ async def test_workers_come_change_and_go(store: FickleStore, pool: WorkerPool) 
     assert first is not None
     await store.compare_and_set("workers/expert-0", record("expert-0", "expert"), expected=0)
     await store.compare_and_set("workers/attention-1", record("attention-1"), expected=0)
-    await until(lambda: names(pool) == ["attention-0", "attention-1"])
+    await eventually(lambda: names(pool) == ["attention-0", "attention-1"])
     again = await store.compare_and_set("workers/attention-0", record("attention-0", worker_id="q"), expected=first)
     assert again is not None
-    await until(lambda: Endpoint("attention-0", "unix:/nowhere", "q") in pool.endpoints)
+    await eventually(lambda: Endpoint("attention-0", "unix:/nowhere", "q") in pool.endpoints)
     assert len(pool.endpoints) == 2
     await store.compare_and_set("workers/attention-0", None, expected=again)
-    await until(lambda: names(pool) == ["attention-1"])
+    await eventually(lambda: names(pool) == ["attention-1"])
 
 
 async def test_a_record_that_cannot_be_read_is_left_out(
@@ -103,7 +98,7 @@ async def test_a_record_that_cannot_be_read_is_left_out(
     caplog.set_level(logging.WARNING)
     await store.compare_and_set("workers/attention-0", b"{", expected=0)
     await store.compare_and_set("workers/attention-1", record("attention-1"), expected=0)
-    await until(lambda: names(pool) == ["attention-1"])
+    await eventually(lambda: names(pool) == ["attention-1"])
     assert "workers/attention-0" in caplog.text
 
 
@@ -113,15 +108,15 @@ async def test_without_the_store_what_is_known_goes_on(store: FickleStore, pool:
     await worker.start()
     await store.compare_and_set("workers/attention-0", record("attention-0", address=worker.address), expected=0)
     await store.compare_and_set("workers/attention-1", record("attention-1"), expected=0)
-    await until(lambda: len(pool.endpoints) == 2)
+    await eventually(lambda: len(pool.endpoints) == 2)
     await pool.ready(DEADLINE_S)
     store.is_gone = True
-    await until(lambda: store.num_refusals > 1)
+    await eventually(lambda: store.num_refusals > 1)
     assert len(pool.endpoints) == 2
     assert pool.hello is not None
     store.forget()
     store.is_gone = False
-    await until(lambda: names(pool) == ["attention-0"])  # it is connected; nobody knows of the other
+    await eventually(lambda: names(pool) == ["attention-0"])  # it is connected; nobody knows of the other
     await store.compare_and_set("workers/attention-2", record("attention-2"), expected=0)
-    await until(lambda: names(pool) == ["attention-0", "attention-2"])
+    await eventually(lambda: names(pool) == ["attention-0", "attention-2"])
     await worker.kill()

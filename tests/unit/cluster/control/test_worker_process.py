@@ -17,6 +17,7 @@ from cluster.control.worker_process import WorkerProcess
 from cluster.environment import PACKAGES
 from cluster.errors import DeadlineError, WorkerLostError
 from cluster.protocol import Launch
+from tests.support.eventually import eventually
 from tests.support.processes import has_ended, wait_for_end
 
 FAKE = Path(__file__).resolve().parents[3] / "support" / "faulty_worker.py"
@@ -47,11 +48,6 @@ def _run(body: Callable[[], Awaitable[None]]) -> None:
             await body()
 
     asyncio.run(bounded())
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.005)
 
 
 def test_start_sends_the_launch_line_and_returns_when_the_socket_answers(folder: Path) -> None:
@@ -101,7 +97,7 @@ def test_once_it_serves_a_line_of_an_error_hides_nothing_behind_it(folder: Path)
         (folder / "served").touch()
         _, writer = await asyncio.open_unix_connection(worker.launch.address.removeprefix("unix:"))
         writer.close()
-        await _until(lambda: b"Traceback of it\n" in output.getvalue())
+        await eventually(lambda: b"Traceback of it\n" in output.getvalue())
         assert b"error: a step failed\n" in output.getvalue()
         await worker.stop(DEADLINE_S)
 
@@ -136,7 +132,7 @@ def test_stop_during_start_gives_up_at_once(folder: Path) -> None:
     async def body() -> None:
         worker = _worker(folder, "hangs")
         start = asyncio.create_task(worker.start())
-        await _until(lambda: worker.pid is not None)
+        await eventually(lambda: worker.pid is not None)
         await worker.stop(DEADLINE_S)
         with pytest.raises(WorkerLostError, match="stopped while it started"):
             await start
@@ -154,8 +150,8 @@ def test_a_killed_worker_is_started_again_on_the_same_address(folder: Path) -> N
             first = worker.pid
             assert first is not None
             os.kill(first, signal.SIGKILL)
-            await _until(lambda first=first: worker.pid not in (None, first))  # type: ignore[misc]
-            await _until(lambda: (folder / "worker.sock").exists())
+            await eventually(lambda first=first: worker.pid not in (None, first))  # type: ignore[misc]
+            await eventually(lambda: (folder / "worker.sock").exists())
         assert worker.num_starts == 3
         await worker.stop(DEADLINE_S)
         await watch

@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from cluster.environment import MARK
 from cluster.errors import WorkerLostError
 from cluster.operate.children import Child, in_session, marked, sweep
 from cluster.operate.redis_server import is_answering, redis_child
+from tests.support.eventually import eventually, wait_until
 from tests.support.processes import has_ended, wait_for_end
 
 pytestmark = pytest.mark.needs("linux")
@@ -57,17 +57,6 @@ def child(tmp_path: Path, run_id: str) -> Iterator[Callable[..., Child]]:
         one.end_session()
 
 
-def _wait(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-async def _until(what: Callable[[], bool]) -> None:
-    await asyncio.to_thread(_wait, what)
-
-
 def test_a_dead_child_is_started_again_and_a_stopped_one_is_not(child: Callable[..., Child]) -> None:
     changes: list[int | None] = []
     one = child(SLEEP)
@@ -79,7 +68,7 @@ def test_a_dead_child_is_started_again_and_a_stopped_one_is_not(child: Callable[
         first = one.pid
         assert first is not None
         os.kill(first, signal.SIGKILL)
-        await _until(lambda: one.pid not in (None, first))
+        await eventually(lambda: one.pid not in (None, first))
         second = one.pid
         await one.stop()
         await asyncio.wait_for(keeper, DEADLINE_S)
@@ -109,16 +98,16 @@ def test_a_dead_child_is_started_again_once_what_it_needs_is_there(child: Callab
         first = one.pid
         assert first is not None
         os.kill(first, signal.SIGKILL)
-        await _until(lambda: num_looks > 2)
+        await eventually(lambda: num_looks > 2)
         assert one.pid is None
         assert leftover.exists()
         needed.touch()
-        await _until(lambda: one.pid not in (None, first))
+        await eventually(lambda: one.pid not in (None, first))
         assert not leftover.exists()
         needed.unlink()
         os.kill(one.pid or 0, signal.SIGKILL)
         num_looks_before = num_looks
-        await _until(lambda: num_looks > num_looks_before)
+        await eventually(lambda: num_looks > num_looks_before)
         await one.stop()  # while it waits
         await asyncio.wait_for(keeper, DEADLINE_S)
 
@@ -128,7 +117,7 @@ def test_a_dead_child_is_started_again_once_what_it_needs_is_there(child: Callab
 def test_one_that_ends_tells_its_last_lines(child: Callable[..., Child]) -> None:
     one = child("print('first'); print('Error: no such thing'); raise SystemExit(3)")
     one.start()
-    _wait(lambda: one.pid is None)
+    wait_until(lambda: one.pid is None)
     with pytest.raises(WorkerLostError, match=r"(?s)it ended with exit code 3.*first\nError: no such thing"):
         one.check()
 
@@ -136,11 +125,11 @@ def test_one_that_ends_tells_its_last_lines(child: Callable[..., Child]) -> None
 def test_last_lines_are_those_of_the_present_process(child: Callable[..., Child]) -> None:
     one = child("import os; print('from', os.getpid())")
     one.start()
-    _wait(lambda: one.pid is None)
+    wait_until(lambda: one.pid is None)
     before = one.last_lines
     one.end_session()
     one.start()
-    _wait(lambda: one.pid is None)
+    wait_until(lambda: one.pid is None)
     assert one.last_lines != before
     assert len(one.last_lines.splitlines()) == 1
     assert before in one.log_path.read_text()
@@ -160,7 +149,7 @@ def test_a_log_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 def test_what_it_reads_is_not_on_its_command_line(child: Callable[..., Child]) -> None:
     one = child("import sys; print(len(sys.stdin.read()))", stdin=b"secret")
     one.start()
-    _wait(lambda: one.pid is None)
+    wait_until(lambda: one.pid is None)
     assert one.last_lines == "6"
     assert "secret" not in repr(one)
 
@@ -168,7 +157,7 @@ def test_what_it_reads_is_not_on_its_command_line(child: Callable[..., Child]) -
 def test_the_end_of_a_child_is_the_end_of_its_session(child: Callable[..., Child], run_id: str) -> None:
     one = child(FAMILY, grace_s=0.0)
     one.start()
-    _wait(lambda: len(one.last_lines.split()) == 2)
+    wait_until(lambda: len(one.last_lines.split()) == 2)
     near, far = map(int, one.last_lines.split())
     pid = one.pid
     asyncio.run(one.stop())
@@ -184,7 +173,7 @@ def test_the_end_of_a_child_is_the_end_of_its_session(child: Callable[..., Child
 def test_a_session_is_its_leader_and_what_that_started_in_it(child: Callable[..., Child]) -> None:
     family = child(FAMILY)
     family.start()
-    _wait(lambda: len(family.last_lines.split()) == 2)
+    wait_until(lambda: len(family.last_lines.split()) == 2)
     near, far = map(int, family.last_lines.split())
     assert family.pid is not None
     assert sorted(in_session(family.pid)) == sorted([family.pid, near])
@@ -199,7 +188,7 @@ def test_a_redis_that_hides_its_mark_is_found_by_its_socket(tmp_path: Path, run_
     redis, _ = redis_child(folder, SecretStr("secret"), tmp_path / "redis.log", environment)
     redis.start()
     try:
-        _wait(lambda: is_answering(folder))
+        wait_until(lambda: is_answering(folder))
         assert marked(run_id, str(folder)) == [redis.pid]
         assert marked(run_id, str(folder / "other")) == marked(run_id)
         assert sweep(run_id, str(folder)) == 1
@@ -214,7 +203,7 @@ def test_one_that_ignores_sigterm_is_killed_after_its_grace(child: Callable[...,
         f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); {SLEEP}", grace_s=0.2
     )
     one.start()
-    _wait(lambda: one.last_lines == "1")
+    wait_until(lambda: one.last_lines == "1")
     asyncio.run(one.stop())
     assert one.pid is None
 

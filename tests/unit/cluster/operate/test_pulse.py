@@ -14,6 +14,7 @@ import pytest
 from cluster.operate import pulse
 from cluster.operate.children import Child
 from cluster.operate.pulse import Pulse, end_without_beat, watch_pulse
+from tests.support.eventually import eventually
 
 PATIENCE_S = 0.4
 BOUND_S = 10.0
@@ -191,12 +192,6 @@ def child(tmp_path: Path) -> Child:
     return Child("it", command, os.environ, tmp_path / "it.log")
 
 
-async def _until(what: Callable[[], bool]) -> None:
-    async with asyncio.timeout(CHILD_BOUND_S):
-        while not what():
-            await asyncio.sleep(0.01)
-
-
 @pytest.mark.needs("linux")
 def test_a_process_whose_loop_stands_still_is_killed_and_started_anew(child: Child, tmp_path: Path) -> None:
     path = tmp_path / "pulse"
@@ -205,15 +200,15 @@ def test_a_process_whose_loop_stands_still_is_killed_and_started_anew(child: Chi
         child.start()
         tasks = [asyncio.create_task(child.keep_up()), asyncio.create_task(end_without_beat(child, path, 3.0))]
         first = child.pid
-        await _until(path.exists)
+        await eventually(path.exists)
         began = time.monotonic()
         before = path.stat().st_mtime_ns
-        await _until(lambda: path.stat().st_mtime_ns != before)
+        await eventually(lambda: path.stat().st_mtime_ns != before)
         (tmp_path / "still").touch()
-        await _until(lambda: child.pid not in (None, first))
+        await eventually(lambda: child.pid not in (None, first))
         assert time.monotonic() - began > 2.0
         second = child.pid
-        await _until(lambda: path.read_text() == str(second))
+        await eventually(lambda: path.read_text() == str(second))
         await child.stop()
         tasks[1].cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -246,7 +241,7 @@ def test_one_that_is_to_end_or_has_yet_to_begin_is_left_alone(
             child.give_up()
         watching = asyncio.create_task(end_without_beat(child, path, PATIENCE_S))
         began = time.monotonic()
-        await _until(lambda: looks > 2 * pulse.LOOKS or (begins and time.monotonic() - began > 2 * PATIENCE_S))
+        await eventually(lambda: looks > 2 * pulse.LOOKS or (begins and time.monotonic() - began > 2 * PATIENCE_S))
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
         await child.stop()
@@ -265,7 +260,7 @@ def test_one_that_never_begins_is_killed(child: Child, tmp_path: Path, monkeypat
     async def run() -> None:
         child.start()
         watching = asyncio.create_task(end_without_beat(child, tmp_path / "pulse", PATIENCE_S))
-        await _until(lambda: child.pid is None)
+        await eventually(lambda: child.pid is None)
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
         await child.stop()
