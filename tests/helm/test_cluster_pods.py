@@ -14,7 +14,7 @@ import typer.main
 
 from cluster.cli import app
 from cluster.config import ENV_PREFIX, Settings, load
-from cluster.gateway.app import router
+from cluster.gateway.health import router
 from cluster.gateway.limits import FLUSH_S
 from cluster.operate.controller import PULSE_NAME
 from cluster.operate.pulse import Pulse

@@ -14,8 +14,8 @@ import yaml
 
 from cluster.cli import app
 from cluster.config import Settings, load
-from cluster.gateway.app import router
 from cluster.gateway.auth import OPEN_PATHS, Caller
+from cluster.gateway.health import router
 from cluster.gateway.limits import FLUSH_S
 from cluster.serve import HTTP_STOP_TIMEOUT_S, WORKER_STOP_TIMEOUT_S, keys_of
 from tests.support.chart import (

@@ -85,10 +85,10 @@ def test_the_autoscaler_takes_the_replicas_over() -> None:
 
 
 def test_the_autoscalers_metric_is_one_of_ours() -> None:
-    from cluster.metrics import ENGINE_METRICS, PREFIX
+    from cluster.metrics.table import PREFIX, all_metrics
 
     (metric,) = one(HUB, "HorizontalPodAutoscaler", HUB_NAME)["spec"]["metrics"]
-    assert metric["pods"]["metric"]["name"] in {(PREFIX + metric.name).replace(":", "_") for metric in ENGINE_METRICS}
+    assert metric["pods"]["metric"]["name"] in {(PREFIX + spec.name).replace(":", "_") for spec in all_metrics()}
 
 
 def test_the_disruption_budget_covers_the_servers() -> None:
