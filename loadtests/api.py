@@ -11,7 +11,6 @@ import os
 import secrets
 import statistics
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +18,13 @@ from typing import Any
 
 from cluster.control.model import DEMO_PATH
 from cluster.errors import ConfigError, ForetokenError
-from cluster.machine import free_port, this_machine
+from cluster.machine import this_machine
 from loadtests.api_client import ApiClient, Reply, connected
 from loadtests.api_rows import ROWS, ApiRow, NotHonouredError, honoured, need, ok, refused
 from loadtests.processes import (
-    POLL_S,
     BenchError,
-    Child,
     Server,
-    environment,
-    get,
     own_server,
-    python_command,
     served_model,
 )
 from loadtests.report import Row, print_table, write_json
@@ -42,8 +36,12 @@ START_S = 600.0
 NUM_STREAMS = 64
 CONCURRENCY = (1, 8, 32)
 CAPABILITY = "expected", "capability_honoured", "ratio"
+REFUSED = tuple((case, "refusal_p99_s", "s") for case in ("idle", f"streams{NUM_STREAMS}"))
 OVERHEAD = f"streams{NUM_STREAMS}", "stream_overhead_s", "s"
-REFUSALS: tuple[dict[str, Any], ...] = (  # of /v1/completions
+PREDICTED = tuple(
+    (case, "ttft_prediction_error", "ratio") for case in (*(f"concurrent{num}" for num in CONCURRENCY), "all")
+)
+WRONG_REQUESTS: tuple[dict[str, Any], ...] = (  # of /v1/completions
     {"data": b"{"},
     {"data": b'{"a":' * 500 + b"1" + b"}" * 500},
     {"json": {"prompt": "Hi", "temperature": 9}},
@@ -97,15 +95,9 @@ class ApiBench:
             ok(await api.complete())  # warm
             return [
                 *await self._or_why_not((CAPABILITY,), lambda: self._capabilities(api)),
-                *await self._or_why_not(
-                    (("idle", "refusal_p99_s", "s"), (f"streams{NUM_STREAMS}", "refusal_p99_s", "s")),
-                    lambda: self._refusals(api),
-                ),
+                *await self._or_why_not(REFUSED, lambda: self._refusals(api)),
                 *await self._or_why_not((OVERHEAD,), lambda: self._overhead(api)),
-                *await self._or_why_not(
-                    tuple((f"concurrent{num}", "ttft_prediction_error", "ratio") for num in CONCURRENCY),
-                    lambda: self._predictions(api),
-                ),
+                *await self._or_why_not(PREDICTED, lambda: self._predictions(api)),
             ]
 
     async def _or_why_not(
@@ -125,7 +117,7 @@ class ApiBench:
     async def _capabilities(self, api: ApiClient) -> list[Row]:
         expected = [*ROWS]
         if self._options.base_url is None:
-            expected.append(ApiRow("keys", lambda api: check_keys(self._options, api.model)))
+            expected.append(ApiRow("keys", lambda _: check_keys(self._options, self._words[:8])))
         found = [await honoured(api, each) for each in expected]
         wrong = [why for why in found if why]
         case, metric, unit = CAPABILITY
@@ -147,7 +139,7 @@ class ApiBench:
     async def _refusal_times(self, api: ApiClient) -> list[float]:
         times = []
         for _ in range(self._scale.refusals):
-            for request in REFUSALS:
+            for request in WRONG_REQUESTS:
                 reply = await api.ask("POST", "/v1/completions", **request)
                 need(reply.status in (400, 404), f"HTTP {reply.status} for {str(request)[:80]}")
                 times.append(reply.duration_s)
@@ -163,7 +155,7 @@ class ApiBench:
 
         tasks = [asyncio.create_task(stream()) for _ in range(NUM_STREAMS)]
         try:
-            await asyncio.sleep(1.0)  # until they run
+            await api.first_token([1], 1)  # which waits behind theirs: they run now
             yield
             for task in tasks:
                 if task.done():
@@ -226,7 +218,8 @@ def ok_stream(reply: Reply) -> None:
 
 def _refusal_row(case: str, times: list[float], note: str) -> Row:
     p99 = sorted(times)[min(len(times) - 1, int(0.99 * len(times)))]
-    note = f"{len(times)} wrong requests of {len(REFUSALS)} kinds one after the other, {note}; baseline: their median"
+    kinds = f"{len(times)} wrong requests of {len(WRONG_REQUESTS)} kinds"
+    note = f"{kinds} one after the other, {note}; baseline: their median"
     median = statistics.median(times)
     return Row(
         bench=BENCH, case=case, metric="refusal_p99_s", unit="s", value=p99, baseline=median, note=note, goal="<= 0.05"
@@ -248,32 +241,16 @@ def processor_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def check_keys(options: Options, model: str) -> None:
+async def check_keys(options: Options, prompt_ids: list[int]) -> None:
     """A server with a key is closed without it, but for its health."""
-    key, port = secrets.token_urlsafe(24), free_port()
-    base_url = f"http://127.0.0.1:{port}"
-    command = python_command("cluster.cli", "serve", *([options.model] if options.model else []), "--port", str(port))
-    with Child("foretoken serve", command, environment(FORETOKEN_API_KEY=key)) as child:
-        await _until_ready(child, base_url)
-        async with connected(base_url, model) as stranger:
+    key = secrets.token_urlsafe(24)
+    with own_server(options.model, prompt_ids, num_threads=1, deadline_s=START_S, key=key) as server:
+        async with connected(server.base_url, server.model) as stranger:
             refused(await stranger.complete(), 401, code="invalid_api_key")
             refused(await stranger.get("/metrics"), 401)
             need((await stranger.get("/health/live")).status == 200, "the health route is closed")
-        async with connected(base_url, model, key) as known:
+        async with connected(server.base_url, server.model, key) as known:
             ok(await known.complete())
-
-
-async def _until_ready(child: Child, base_url: str) -> None:
-    end = time.monotonic() + START_S
-    while True:
-        child.check_alive()
-        try:
-            get(base_url, "/health/ready")
-            return
-        except BenchError:
-            if time.monotonic() > end:
-                raise
-        await asyncio.sleep(POLL_S)
 
 
 # ----------------------------------------------------------------------------------------------------- the command

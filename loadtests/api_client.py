@@ -11,10 +11,10 @@ from typing import Any
 
 import aiohttp
 
+from cluster.gateway.replies import PREDICTED_TTFT
 from loadtests.processes import BenchError
 
 TIMEOUT_S = 120.0
-PREDICTED_TTFT = "x-foretoken-predicted-ttft-ms"
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,14 @@ class ApiClient:
     async def leave_a_stream(self) -> None:
         """Begin a long stream, read its first bytes, and close the connection."""
         body = {"model": self.model, "prompt": "Hello", "max_tokens": 400, "ignore_eos": True, "stream": True}
-        response = await self._session.post("/v1/completions", json=body)
-        await response.content.readany()
-        response.close()
+        try:
+            response = await self._session.post("/v1/completions", json=body)
+            if response.status != 200:
+                raise BenchError(f"a completion gave HTTP {response.status}: {(await response.text())[:200]}")
+            await response.content.readany()
+            response.close()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise BenchError(f"a stream broke: {error!r}") from None
 
 
 @asynccontextmanager

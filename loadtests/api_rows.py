@@ -48,17 +48,6 @@ class ApiRow:
     check: Check
 
 
-ROWS: list[ApiRow] = []
-
-
-def row(name: str) -> Callable[[Check], Check]:
-    def add(check: Check) -> Check:
-        ROWS.append(ApiRow(name, check))
-        return check
-
-    return add
-
-
 async def honoured(api: ApiClient, expected: ApiRow) -> str:
     """ "" where a row is honoured, else why it is not."""
     try:
@@ -101,7 +90,6 @@ def text_of(completion: Any, index: int = 0) -> str:
 # ---------------------------------------------------------------------------------------------------------- endpoints
 
 
-@row("models")
 async def _models(api: ApiClient) -> None:
     listed = ok(await api.get("/v1/models"))
     need(any(model["id"] == api.model for model in listed["data"]), "the model is not listed")
@@ -109,7 +97,6 @@ async def _models(api: ApiClient) -> None:
     refused(await api.get("/v1/models/other"), 404, code="model_not_found")
 
 
-@row("completions and chat, whole and streamed")
 async def _generation(api: ApiClient) -> None:
     whole = ok(await api.complete(temperature=0))
     events = ok_events(await api.complete(temperature=0, stream=True))
@@ -121,7 +108,6 @@ async def _generation(api: ApiClient) -> None:
     need(streamed == chat["choices"][0]["message"]["content"], "streamed and whole chat differ")
 
 
-@row("embeddings")
 async def _embeddings(api: ApiClient) -> None:
     made = ok(await api.post("/v1/embeddings", input=["one", "two"]))
     vectors = [item["embedding"] for item in made["data"]]
@@ -134,7 +120,6 @@ async def _embeddings(api: ApiClient) -> None:
     refused(await api.post("/v1/embeddings", input=""), 400, param="input")
 
 
-@row("responses")
 async def _responses(api: ApiClient) -> None:
     made = ok(await api.post("/v1/responses", input="Say hello.", max_output_tokens=8))
     need(made["object"] == "response" and made["output"], "there is no output")
@@ -148,7 +133,6 @@ async def _responses(api: ApiClient) -> None:
     refused(await api.ask("POST", f"/v1/responses/{made['id']}/cancel"), 400)
 
 
-@row("Anthropic's messages and count_tokens")
 async def _messages(api: ApiClient) -> None:
     messages = [{"role": "user", "content": "Say hello."}]
     made = ok(await api.post("/v1/messages", messages=messages, max_tokens=8))
@@ -162,7 +146,6 @@ async def _messages(api: ApiClient) -> None:
     need((kinds[0], kinds[-1]) == ("message_start", "message_stop"), "the stream's ends are missing")
 
 
-@row("tokenize and detokenize")
 async def _tokens(api: ApiClient) -> None:
     found = ok(await api.post("/tokenize", prompt="Hello, world"))
     need(found["count"] == len(found["tokens"]) and found["max_model_len"] > 0, "the counts are wrong")
@@ -170,14 +153,12 @@ async def _tokens(api: ApiClient) -> None:
     ok(await api.post("/tokenize", messages=[{"role": "user", "content": "Hi"}]))
 
 
-@row("health and version")
 async def _health(api: ApiClient) -> None:
     for path in ("/health", "/health/live", "/health/ready", "/health/startup", "/ping", "/health/generate"):
         need((await api.get(path)).status == 200, f"{path} is not well")
     need(ok(await api.get("/version"))["version"], "there is no version")
 
 
-@row("Prometheus metrics")
 async def _metrics(api: ApiClient) -> None:
     text = (await api.get("/metrics")).text
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "time_to_first_token_seconds"):
@@ -187,7 +168,6 @@ async def _metrics(api: ApiClient) -> None:
 # ------------------------------------------------------------------------------------------------------------- fields
 
 
-@row("stream_options")
 async def _stream_options(api: ApiClient) -> None:
     events = ok_events(await api.complete(stream=True, stream_options={"include_usage": True}))
     need(events[-2]["choices"] == [] and events[-2]["usage"]["completion_tokens"] > 0, "the last chunk has no usage")
@@ -197,7 +177,6 @@ async def _stream_options(api: ApiClient) -> None:
     refused(await api.complete(stream_options={"include_usage": True}), 400, param="stream_options")
 
 
-@row("n")
 async def _n(api: ApiClient) -> None:
     made = ok(await api.complete(n=4, seed=1, temperature=1.0, max_tokens=24))
     need([choice["index"] for choice in made["choices"]] == [0, 1, 2, 3], "the indices are wrong")
@@ -205,13 +184,11 @@ async def _n(api: ApiClient) -> None:
     need(all(choice["finish_reason"] in ("stop", "length") for choice in made["choices"]), "a sample has no finish")
 
 
-@row("best_of")
 async def _best_of(api: ApiClient) -> None:
     ok(await api.complete(best_of=1))
     refused(await api.complete(best_of=2), 400, param="best_of")
 
 
-@row("logprobs")
 async def _logprobs(api: ApiClient) -> None:
     made = ok(await api.complete(logprobs=2, max_tokens=2))["choices"][0]["logprobs"]
     need(len(made["token_logprobs"]) == 2 and all(len(top) in (2, 3) for top in made["top_logprobs"]), "too few")
@@ -220,14 +197,12 @@ async def _logprobs(api: ApiClient) -> None:
     refused(await api.complete(logprobs=21), 400, param="logprobs")
 
 
-@row("prompt_logprobs and echo")
 async def _echo(api: ApiClient) -> None:
     made = ok(await api.complete(prompt="Hello there", echo=True, logprobs=1, max_tokens=0))["choices"][0]
     need(made["text"].endswith("Hello there") and made["logprobs"]["token_logprobs"], "the prompt is not echoed")
     need(ok(await api.complete(prompt_logprobs=1))["choices"][0]["prompt_logprobs"][0] is None, "no prompt_logprobs")
 
 
-@row("stop, stop_token_ids, min_tokens, ignore_eos")
 async def _stop(api: ApiClient) -> None:
     plain = ok(await api.complete(temperature=0, max_tokens=24, return_token_ids=True))["choices"][0]
     word = plain["text"][3:6]
@@ -242,7 +217,6 @@ async def _stop(api: ApiClient) -> None:
     need(long["usage"]["completion_tokens"] == 32, "min_tokens is not reached")
 
 
-@row("temperature, top_p, top_k, min_p, seed")
 async def _sampling(api: ApiClient) -> None:
     greedy = text_of(ok(await api.complete(temperature=0, max_tokens=16)))
     for narrow in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
@@ -254,7 +228,6 @@ async def _sampling(api: ApiClient) -> None:
     need(len(many) > 1, "several seeds give one text")
 
 
-@row("penalties and logit_bias")
 async def _penalties(api: ApiClient) -> None:
     plain = ok(await api.complete(temperature=0, max_tokens=48, ignore_eos=True))
     for changed in ({"frequency_penalty": 2.0}, {"presence_penalty": 2.0}, {"repetition_penalty": 2.0}):
@@ -266,7 +239,6 @@ async def _penalties(api: ApiClient) -> None:
     refused(await api.complete(logit_bias={"word": 1}), 400, param="logit_bias")
 
 
-@row("response_format and structured outputs")
 async def _structured(api: ApiClient) -> None:
     schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
     message = ok(await api.chat(response_format=schema, max_tokens=64))["choices"][0]["message"]
@@ -283,7 +255,6 @@ async def _structured(api: ApiClient) -> None:
     refused(await api.complete(structured_outputs={"regex": "("}), 400)
 
 
-@row("tools")
 async def _tools(api: ApiClient) -> None:
     """Where the model's chat template knows no tools, a clear refusal of them."""
     made = await api.chat(tools=[TOOL], tool_choice="required", max_tokens=200, temperature=0)
@@ -302,7 +273,6 @@ async def _tools(api: ApiClient) -> None:
     need(not none.get("tool_calls"), "a call in spite of none")
 
 
-@row("reasoning")
 async def _reasoning(api: ApiClient) -> None:
     """Where the model does not think, effort and budget ask for nothing."""
     for asked in ({"reasoning_effort": "low"}, {"include_reasoning": False}, {"thinking_token_budget": 8}):
@@ -314,7 +284,6 @@ async def _reasoning(api: ApiClient) -> None:
         need(message.get("reasoning") == message.get("reasoning_content"), "the two names differ")
 
 
-@row("max_tokens and max_completion_tokens")
 async def _max_tokens(api: ApiClient) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         made = ok(await api.post("/v1/chat/completions", messages=[{"role": "user", "content": "Hi"}], **{name: 3}))
@@ -322,7 +291,6 @@ async def _max_tokens(api: ApiClient) -> None:
     refused(await api.complete(max_tokens=10**7), 400, code="context_length_exceeded")
 
 
-@row("cached_tokens")
 async def _cached(api: ApiClient) -> None:
     prompt = "The walnut is a tree of the north. " * 20
     ok(await api.complete(prompt=prompt))
@@ -330,7 +298,6 @@ async def _cached(api: ApiClient) -> None:
     need(usage["prompt_tokens_details"]["cached_tokens"] > 0, "the prefix cache finds nothing")
 
 
-@row("a client that leaves")
 async def _leaves(api: ApiClient) -> None:
     """Its sequence ends, and is counted."""
 
@@ -350,7 +317,6 @@ async def _leaves(api: ApiClient) -> None:
         raise NotHonouredError("the sequence was not ended") from None
 
 
-@row("errors")
 async def _errors(api: ApiClient) -> None:
     refused(await api.ask("POST", "/v1/completions", data=b"{"), 400)
     refused(
@@ -365,7 +331,34 @@ async def _errors(api: ApiClient) -> None:
     refused(await api.complete(prompt="word " * 100_000), 400, code="context_length_exceeded")
 
 
-@row("size caps")
 async def _sizes(api: ApiClient) -> None:
     refused(await api.ask("POST", "/v1/completions", data=io.BytesIO(b" " * (17 * 2**20))), 413)
     refused(await api.ask("POST", "/v1/completions", data=b'{"a":' * 500 + b"1" + b"}" * 500), 400)
+
+
+ROWS = (
+    ApiRow("models", _models),
+    ApiRow("completions and chat, whole and streamed", _generation),
+    ApiRow("embeddings", _embeddings),
+    ApiRow("responses", _responses),
+    ApiRow("Anthropic's messages and count_tokens", _messages),
+    ApiRow("tokenize and detokenize", _tokens),
+    ApiRow("health and version", _health),
+    ApiRow("Prometheus metrics", _metrics),
+    ApiRow("stream_options", _stream_options),
+    ApiRow("n", _n),
+    ApiRow("best_of", _best_of),
+    ApiRow("logprobs", _logprobs),
+    ApiRow("prompt_logprobs and echo", _echo),
+    ApiRow("stop, stop_token_ids, min_tokens, ignore_eos", _stop),
+    ApiRow("temperature, top_p, top_k, min_p, seed", _sampling),
+    ApiRow("penalties and logit_bias", _penalties),
+    ApiRow("response_format and structured outputs", _structured),
+    ApiRow("tools", _tools),
+    ApiRow("reasoning", _reasoning),
+    ApiRow("max_tokens and max_completion_tokens", _max_tokens),
+    ApiRow("cached_tokens", _cached),
+    ApiRow("a client that leaves", _leaves),
+    ApiRow("errors", _errors),
+    ApiRow("size caps", _sizes),
+)

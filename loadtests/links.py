@@ -74,7 +74,7 @@ def serve(pipe: Connection) -> None:
                     rows, spare = spare, rows
             else:
                 meeting = server.meet(name, address)
-                pipe.send(meeting.address.result(WAIT_S))
+                pipe.send(meeting.address())
                 link = meeting.link()
                 while True:
                     link.send(link.recv([TensorSpec((num_rows, HIDDEN))], WAIT_S), WAIT_S)

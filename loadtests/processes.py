@@ -171,11 +171,11 @@ def connected(base_url: str, timeout_s: float = HTTP_TIMEOUT_S) -> Iterator[http
         connection.close()
 
 
-def get(base_url: str, path: str) -> bytes:
+def get(base_url: str, path: str, key: str | None = None) -> bytes:
     """The body of a page. Raises `BenchError` where there is none."""
     try:
         with connected(base_url) as connection:
-            connection.request("GET", path)
+            connection.request("GET", path, headers=_authorization(key))
             response = connection.getresponse()
             body = response.read()
     except (OSError, http.client.HTTPException) as error:
@@ -185,10 +185,14 @@ def get(base_url: str, path: str) -> bytes:
     return body
 
 
-def served_model(base_url: str) -> str:
+def _authorization(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
+def served_model(base_url: str, key: str | None = None) -> str:
     """The first model that a server lists."""
     try:
-        return str(msgspec.json.decode(get(base_url, "/v1/models"))["data"][0]["id"])
+        return str(msgspec.json.decode(get(base_url, "/v1/models", key))["data"][0]["id"])
     except (msgspec.DecodeError, KeyError, IndexError, TypeError) as error:
         raise BenchError(f"{base_url}/v1/models lists no model: {error!r}") from None
 
@@ -204,15 +208,17 @@ def counters(base_url: str) -> dict[str, float]:
     return totals
 
 
-def wait_for_first_token(child: Child, base_url: str, prompt_ids: Sequence[int], deadline_s: float) -> str:
+def wait_for_first_token(
+    child: Child, base_url: str, prompt_ids: Sequence[int], deadline_s: float, key: str | None = None
+) -> str:
     """Ask until a token comes; -> the model's name. Raises `BenchError` when the process ends or the time is over."""
     end = time.monotonic() + deadline_s
     last = "it never listened"
     while time.monotonic() < end:
         child.check_alive()
         try:
-            model = served_model(base_url)
-            _ask_for_one_token(base_url, model, prompt_ids)
+            model = served_model(base_url, key)
+            _ask_for_one_token(base_url, model, prompt_ids, key)
             return model
         except BenchError as error:
             last = str(error)
@@ -220,13 +226,12 @@ def wait_for_first_token(child: Child, base_url: str, prompt_ids: Sequence[int],
     raise BenchError(f"{child.name} gave no token within {deadline_s:g} s: {last}{child.last_lines()}")
 
 
-def _ask_for_one_token(base_url: str, model: str, prompt_ids: Sequence[int]) -> None:
+def _ask_for_one_token(base_url: str, model: str, prompt_ids: Sequence[int], key: str | None) -> None:
     body = {"model": model, "prompt": list(prompt_ids), "max_tokens": 1, "stream": True, "temperature": 0}
     try:
         with connected(base_url) as connection:
-            connection.request(
-                "POST", "/v1/completions", msgspec.json.encode(body), {"Content-Type": "application/json"}
-            )
+            headers = {"Content-Type": "application/json"} | _authorization(key)
+            connection.request("POST", "/v1/completions", msgspec.json.encode(body), headers)
             response = connection.getresponse()
             text = response.read()
     except (OSError, http.client.HTTPException) as error:
@@ -243,12 +248,14 @@ def own_server(
     num_threads: int,
     deadline_s: float,
     env: Mapping[str, str] | None = None,
+    key: str | None = None,
 ) -> Iterator[Server]:
-    """`foretoken serve [model] flags` on a free port, ended afterwards. `env` None: ours."""
+    """`foretoken serve [model] flags` on a free port, ended afterwards. `env` None: ours; `key`: that it asks for."""
     port = free_port()
     base_url = f"http://127.0.0.1:{port}"
     arguments = [*([model] if model else []), "--port", str(port), "--num-threads", str(num_threads), *flags]
     started = time.perf_counter()
-    with Child("foretoken serve", python_command("cluster.cli", "serve", *arguments), env or environment()) as child:
-        name = wait_for_first_token(child, base_url, prompt_ids, deadline_s)
+    variables = dict(env or environment()) | ({} if key is None else {"FORETOKEN_API_KEY": key})
+    with Child("foretoken serve", python_command("cluster.cli", "serve", *arguments), variables) as child:
+        name = wait_for_first_token(child, base_url, prompt_ids, deadline_s, key)
         yield Server(base_url, name, time.perf_counter() - started, child.pid)

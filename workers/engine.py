@@ -19,6 +19,7 @@ from workers.batch import Batcher, first_row
 from workers.cache.kv_cache import KVCache
 from workers.cache.page_table import PageTable
 from workers.cache.pages import PagePool
+from workers.counters import with_step
 from workers.models.decoder import Decoder
 from workers.models.tokenizer import Detokenizer, Tokenizer
 from workers.pooling import embedding, take_pooled
@@ -28,7 +29,7 @@ from workers.sampling.sampler import Sampler, failure
 from workers.sampling.stop import StopChecker
 from workers.sampling.thinking import ThinkingMatcher
 from workers.scheduler import MAX_LOGIT_ROWS, Scheduler, SchedulerOptions
-from workers.step import SampledRow, Scheduled, StepPlan, counted
+from workers.step import SampledRow, Scheduled, StepPlan
 
 log = logging.getLogger(__name__)
 
@@ -239,7 +240,14 @@ class Engine:
                 num_prompt = sum(_prompt_part(item) for item in plan.scheduled)
                 self._commit(plan, sampled)
                 num_generated = sum(1 for row in sampled if row is not None)
-                self._count(plan, num_prompt, num_generated, forward_s, time.perf_counter() - started)
+                self._state = with_step(
+                    self._state,
+                    plan,
+                    num_prompt=num_prompt,
+                    num_generated=num_generated,
+                    forward_s=forward_s,
+                    step_s=time.perf_counter() - started,
+                )
             except PeerLostError as error:  # left the forward pass: nothing is sampled, nothing committed
                 log.warning("a step of %d sequences waits for experts: %s", len(plan.scheduled), error.message)
                 self.stalled = True
@@ -429,20 +437,6 @@ class Engine:
             target.matcher = source.matcher.restarted()
             for token_id in target.output_ids:
                 target.matcher.accept(token_id)
-
-    def _count(self, plan: StepPlan, num_prompt: int, num_generated: int, forward_s: float, step_s: float) -> None:
-        state = self._state
-        self._state = structs.replace(
-            state,
-            steps=state.steps + 1,
-            step_tokens=state.step_tokens + plan.num_tokens,
-            sequence_steps=state.sequence_steps + len(plan.scheduled),
-            forward_s=state.forward_s + forward_s,
-            step_s=state.step_s + step_s,
-            prompt_tokens=state.prompt_tokens + num_prompt,
-            generated_tokens=state.generated_tokens + num_generated,
-            step_token_counts=counted(state.step_token_counts, plan.num_tokens),
-        )
 
 
 def _prompt_part(item: Scheduled) -> int:

@@ -33,7 +33,7 @@ _decode_offer = msgspec.msgpack.Decoder(LinkOffer).decode
 
 
 def link_opener(launch: Launch, likeness: Likeness) -> Callable[[Peer], PeerLink]:
-    """How this attention worker opens a link to an expert worker: within `peer_timeout_s` twice, on a thread."""
+    """How this attention worker opens a link to an expert worker: within `peer_timeout_s` three times, on a thread."""
     links = LinkClient(launch.tensor_host, launch.peer_timeout_s)
 
     def open_link(peer: Peer) -> PeerLink:
@@ -142,7 +142,7 @@ class ExpertService:
         meeting = self._links.meet(request.link_id, request.address)
         threading.Thread(target=self._serve, args=(request, meeting), name="link", daemon=True).start()
         try:
-            return LinkOffer(address=await asyncio.wrap_future(meeting.address))
+            return LinkOffer(address=await asyncio.to_thread(meeting.address))
         except PeerLostError as error:
             await context.abort(grpc.StatusCode.INTERNAL, error.message)
             raise

@@ -1,12 +1,9 @@
-"""The values passed between the stages of one step."""
+"""The values passed between the stages of one step. No logic."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-
-from cluster.protocol import STEP_TOKEN_BOUNDS
 
 if TYPE_CHECKING:
     import torch
@@ -32,13 +29,6 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(item.num_tokens for item in self.scheduled)
-
-
-def counted(counts: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
-    """`EngineState.step_token_counts` with one step more."""
-    place = bisect_left(STEP_TOKEN_BOUNDS, num_tokens)
-    counts = counts or (0,) * (len(STEP_TOKEN_BOUNDS) + 1)
-    return (*counts[:place], counts[place] + 1, *counts[place + 1 :])
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,10 +91,13 @@ class Meeting:
         self._group: Future[dist.ProcessGroupGloo] = Future()
         threading.Thread(target=self._meet, name=f"meet-{name}", daemon=True).start()
 
-    @property
-    def address(self) -> Future[bytes]:
-        """Where this side listens, as gloo says it to gloo; `PeerLostError` where it cannot."""
-        return self._addresses.ours
+    def address(self) -> bytes:
+        """Where this side listens, as gloo says it to gloo. Raises `PeerLostError` where it does not in time."""
+        try:
+            return self._addresses.ours.result(self._timeout_s)
+        except TimeoutError:
+            text = f"the link {self.name!r} cannot listen: gloo gave no address within {self._timeout_s:.1f} s"
+            raise PeerLostError(text) from None
 
     def introduce(self, address: bytes) -> None:
         """Take the other side's address."""
@@ -120,8 +123,8 @@ class Meeting:
             options._timeout = timedelta(seconds=self._timeout_s)
             self._group.set_result(dist.ProcessGroupGloo(self._addresses, self._rank, 2, options))
         except Exception as error:  # whatever comes through gloo; who waits for the link is told
-            if not self.address.done():
-                self.address.set_exception(PeerLostError(f"the link {self.name!r} cannot listen: {error}"))
+            if not self._addresses.ours.done():
+                self._addresses.ours.set_exception(PeerLostError(f"the link {self.name!r} cannot listen: {error}"))
             # A new one: with the traceback of `error` it would keep what listens, until somebody collects garbage.
             self._group.set_exception(RuntimeError(str(error)))
 
@@ -247,12 +250,12 @@ class LinkClient:
     def connect(self, link_id: str, exchange: Callable[[bytes], bytes]) -> GlooLink:
         """Meet the expert worker that `exchange` tells our address and returns the address of. Any thread.
 
-        Raises `PeerLostError` within the timeout, and what `exchange` does. A peer that hangs may be met still, and is
-        found out at the link's first deadline.
+        Raises `PeerLostError` within the timeout twice, and what `exchange` does. A peer that hangs may be met still,
+        and is found out at the link's first deadline.
         """
         meeting = Meeting(link_id, is_first=False, tensor_host=self._tensor_host, timeout_s=self._timeout_s)
         try:
-            theirs = exchange(meeting.address.result(self._timeout_s))
+            theirs = exchange(meeting.address())
         except BaseException:
             meeting.give_up()
             raise

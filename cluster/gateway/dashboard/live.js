@@ -48,20 +48,27 @@ function render(status) {
   showShards(status, experts);
 }
 
+/** Why the gateway told no numbers, in words for the page. */
+class StatusError extends Error {}
+
 /** Follow the cluster; `onStatus` gets each status too. */
 export function follow(onStatus) {
   const poll = async () => {
     try {
       const response = await fetch("cluster", { cache: "no-store", signal: AbortSignal.timeout(TIMEOUT_MS) });
-      if (response.status === 401) throw new Error("This session has ended. Reload this page to log in again.");
-      if (!response.ok) throw new Error("The gateway refuses to tell its numbers. What is shown is the last that it told.");
+      if (response.status === 401) throw new StatusError("This session has ended. Reload this page to log in again.");
+      if (!response.ok) {
+        throw new StatusError("The gateway refuses to tell its numbers. What is shown is the last that it told.");
+      }
       const status = await response.json();
       render(status);
       onStatus(status);
     } catch (error) {
       console.warn("no status", error);
-      const isOurs = error.constructor === Error;
-      const text = isOurs ? error.message : "The gateway does not answer. What is shown is the last that it told.";
+      const text =
+        error instanceof StatusError
+          ? error.message
+          : "The gateway does not answer. What is shown is the last that it told.";
       tell([text], true, ["lost", "not connected"]);
     }
     setTimeout(next, PERIOD_MS);

@@ -105,8 +105,7 @@ export class Settings {
 
   /** Show that the field a refusal is about is this one; returns whether it is among these. */
   mark(param) {
-    const name = param?.split(/[.[]/)[0];
-    const control = this.#controls().find((one) => one.name === name || (param && one.name === param));
+    const control = this.#controlOf(param);
     if (control === undefined) return false;
     control.setAttribute("aria-invalid", "true");
     return true;
@@ -114,12 +113,18 @@ export class Settings {
 
   /** To the field of this name. */
   goTo(param) {
-    const control = this.#controls().find((one) => one.name === param.split(/[.[]/)[0]);
+    const control = this.#controlOf(param);
     byId("settings-toggle").setAttribute("aria-expanded", "true");
     this.#form.classList.add("open");
     const group = control?.closest("details");
     if (group) group.open = true;
     control?.focus();
+  }
+
+  /** The control of a request's field: `stop[0]` is of `stop`. */
+  #controlOf(param) {
+    const name = param?.split(/[.[]/)[0];
+    return this.#controls().find((one) => one.name === name);
   }
 
   #unmark(control) {

@@ -71,19 +71,29 @@ function shardCard(worker, status, numHeld) {
   );
 }
 
-const expertLayers = new Set(); // where experts have been seen: a model may have layers without
+const seen = { model: "", layers: new Set() }; // where experts have been seen: a model may have layers without
+
+/** The layers of this model in which experts have been seen, in these numbers or before. */
+function expertLayers(status) {
+  const model = `${status.model} ${status.num_layers} ${status.num_experts}`;
+  if (seen.model !== model) Object.assign(seen, { model, layers: new Set() });
+  for (const worker of status.workers) {
+    worker.shards.forEach((experts, layer) => experts.length && seen.layers.add(layer));
+  }
+  return seen.layers.size || status.num_layers;
+}
 
 /** How many of all experts have a holder that serves: [held, all]; null where workers hold everything by themselves. */
 export function coverage(status) {
   if (!status.num_experts || !status.workers.some((worker) => worker.role !== "all")) return null;
   const held = new Set();
   for (const worker of status.workers) {
+    if (!isServing(worker)) continue;
     worker.shards.forEach((experts, layer) => {
-      if (experts.length) expertLayers.add(layer);
-      if (isServing(worker)) for (const expert of experts) held.add(layer * status.num_experts + expert);
+      for (const expert of experts) held.add(layer * status.num_experts + expert);
     });
   }
-  return [held.size, (expertLayers.size || status.num_layers) * status.num_experts];
+  return [held.size, expertLayers(status) * status.num_experts];
 }
 
 function shardsNote(status, experts) {

@@ -146,7 +146,7 @@ export class ReplyView {
   }
 }
 
-export function numbersOf(reply) {
+function numbersOf(reply) {
   const { usage } = reply;
   const predicted = reply.predictedTtftS === null ? "" : ` (predicted ${latency(reply.predictedTtftS)})`;
   const cached = usage?.prompt_tokens_details?.cached_tokens;

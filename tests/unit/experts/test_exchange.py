@@ -47,7 +47,7 @@ def run_echo(pipe: Connection) -> None:
 
     while True:
         meeting = links.meet(*pipe.recv())
-        pipe.send(meeting.address.result(DEADLINE_S))
+        pipe.send(meeting.address())
         threading.Thread(target=serve, args=(meeting,), daemon=True).start()
 
 
@@ -179,7 +179,7 @@ def open_pair(server: LinkServer, name: str = "p", tensor_host: str = "127.0.0.1
 
     def exchange(address: bytes) -> bytes:
         meetings.append(server.meet(name, address))
-        return meetings[0].address.result(DEADLINE_S)
+        return meetings[0].address()
 
     link = LinkClient(tensor_host, DEADLINE_S).connect(name, exchange)
     return link, meetings[0].link()

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import ConfigError
-from loadtests.api import Options, main, parse, processor_s
+from loadtests.api import ApiBench, Options, main, parse, processor_s
 from loadtests.api_client import connected
 from loadtests.api_rows import ROWS, honoured
-from loadtests.processes import BenchError
+from loadtests.processes import BenchError, Server
 from tests.support.openai_server import OpenAIServer, Reply, running
 
 pytestmark = pytest.mark.anyio
@@ -55,6 +55,17 @@ async def test_a_server_that_only_completes_honours_next_to_nothing() -> None:
             found = {row.name: await honoured(api, row) for row in ROWS if row.name not in BEYOND_IT}
     assert [name for name, why in found.items() if not why] == []
     assert found["embeddings"].startswith("embeddings: HTTP 404")
+
+
+@pytest.mark.needs("demo")
+async def test_rows_that_cannot_be_measured_say_why() -> None:
+    """This server predicts nothing, is none of ours, and refuses nothing."""
+    with running(OpenAIServer(lambda body: Reply(num_tokens=1))) as server:
+        options = Options(quick=True, base_url=server.url)
+        rows = await ApiBench(options, Server(server.url, "fake"), [1], lambda words: None).rows()
+    assert {(row.case, row.metric) for row in rows} == PROMISED
+    assert [row.case for row in rows if row.value is None and not row.reason] == []
+    assert "no header" in next(row.reason for row in rows if row.metric == "ttft_prediction_error")
 
 
 @pytest.mark.needs("linux")

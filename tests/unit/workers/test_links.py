@@ -7,7 +7,6 @@ import contextlib
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,12 +49,12 @@ class FakeLinks:
 
 class FakeMeeting:
     def __init__(self, links: FakeLinks, link_id: str, theirs: bytes) -> None:
-        self._links, self._link_id = links, link_id
-        self.address: Future[bytes] = Future()
-        if links.cannot_listen:
-            self.address.set_exception(PeerLostError("it cannot listen"))
-        else:
-            self.address.set_result(b"here, for " + theirs)
+        self._links, self._link_id, self._theirs = links, link_id, theirs
+
+    def address(self) -> bytes:
+        if self._links.cannot_listen:
+            raise PeerLostError("it cannot listen")
+        return b"here, for " + self._theirs
 
     def link(self) -> FakeLink:
         assert self._links.come.wait(DEADLINE_S)
