@@ -4,6 +4,7 @@
   error in OpenAI's shape, then the connection is closed.
 - Over so many connections: only the open paths are answered on those that are too many (`state.is_surplus`), for the
   probes of whoever watches this server; far over it a connection is refused unread.
+- A client that takes nothing of a whole answer for `TAKE_S` is cut: nobody waits for it any more, yet it holds memory.
 - What is left of a body when its answer is there is thrown away, for `REST_S`.
 - The client closes its side (a FIN) while its request is open: the application's `receive` says `http.disconnect`, yet
   what it then sends still goes out, and ends the connection. A client that is gone for good sends the same FIN as one
@@ -35,6 +36,7 @@ HEAD_TIMEOUT_S = 30.0  # from a connection's begin, or a later head's first byte
 MAX_HEAD_BYTES = 64 * 1024  # of a head that has not ended yet
 MAX_AHEAD_BYTES = 64 * 1024  # of requests sent ahead; a client that sends more is not read, so its leaving not seen
 REST_S = 5.0
+TAKE_S = 30.0
 KEEP_ALIVE_S = 75  # of a connection between requests: longer than proxies keep theirs, who would send into its end
 MAX_SURPLUS = 64  # connections over the bound that are still asked what they want
 LINGER_S = 2.0  # a refused client may take so long to read why; closing on what it still sends would destroy that
@@ -74,6 +76,7 @@ class Connection(H11Protocol):
         self._half_closed = False
         self._refused = False
         self._timer: asyncio.TimerHandle | None = None  # of a head, or of the lingering at the end
+        self._take_timer: asyncio.TimerHandle | None = None
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application, told of the connection's end by `receive` as soon as nothing more of its body can come."""
@@ -116,6 +119,9 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._stop_rest_timer()
+        if self._take_timer is not None:
+            self._take_timer.cancel()
+            self._take_timer = None
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -150,6 +156,8 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._take_timer is None:
+            self._watch_taking(self.transport.get_write_buffer_size())
         if self._unparsed():
             self._watch_head()
 
@@ -177,6 +185,21 @@ class Connection(H11Protocol):
             self._stop_timer()
         elif self._timer is None:
             self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self._head_timed_out)
+
+    def _watch_taking(self, num_left: int) -> None:
+        """Cut the client if of `num_left` unsent bytes, where there are some, it takes none for `TAKE_S`."""
+
+        def look() -> None:
+            self._take_timer = None
+            now_left = self.transport.get_write_buffer_size()
+            if now_left >= num_left:
+                logger.info("cut a client that took nothing of its answer for %g s", TAKE_S)
+                self.transport.abort()
+            else:
+                self._watch_taking(now_left)
+
+        if num_left:
+            self._take_timer = self.loop.call_later(TAKE_S, look)
 
     def _unparsed(self) -> bytes:
         return self.conn.trailing_data[0]

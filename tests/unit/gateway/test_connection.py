@@ -7,12 +7,14 @@ import contextlib
 import json
 import logging
 import re
+import socket
 from typing import Any
 
 import pytest
 
 from cluster.gateway import connection
 from cluster.protocol import RequestOutput, Submit
+from tests.support.eventually import eventually
 from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker
 from tests.unit.gateway.conftest import MODEL, Serve, Served
 
@@ -260,3 +262,22 @@ async def test_a_long_path_is_shown_in_part(served: Served, caplog: pytest.LogCa
     assert len(response.content) < 500
     assert "a" * 100 in response.json()["error"]["message"]
     assert max(len(record.getMessage()) for record in caplog.records if record.name.startswith("cluster")) < 400
+
+
+async def test_a_client_that_takes_nothing_of_its_answer_is_cut(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(connection, "TAKE_S", 0.3)
+    with socket.create_connection(("127.0.0.1", served.port)) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(
+            b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * 200
+        )  # far more than the system's buffers hold
+        await eventually(lambda: "took nothing of its answer" in caplog.text, "the log")
+    # and one that takes its answer, however slowly, has all of it
+    reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    writer.write(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+    async with asyncio.timeout(DEADLINE_S):
+        assert json.loads(parsed(await reader.read())[2])["openapi"] == "3.1.0"
+    writer.close()
