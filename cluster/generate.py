@@ -15,12 +15,13 @@ from cluster.control.worker_folders import socket_folder
 from cluster.control.worker_process import local_worker
 from cluster.gateway.chat import load_template
 from cluster.gateway.fields import validate
+from cluster.gateway.generation import Unobserved
 from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from cluster.gateway.parsing.reply_format import ReplyShape
 from cluster.gateway.pool import Endpoint, WorkerPool
 from cluster.gateway.settings import GatewaySettings, SamplingDefaults
 from cluster.gateway.submit import Texts, encode, make_submits, render_chat
-from cluster.gateway.tokenize import TextTokenizer
+from cluster.gateway.tokenizer import TextTokenizer
 from cluster.protocol import Submit
 
 STOP_TIMEOUT_S = 5.0
@@ -57,18 +58,6 @@ class Completion:
         return json.dumps(
             {"text": self.text, "token_ids": self.token_ids, "finish_reason": self.finish_reason, "usage": usage}
         )
-
-
-class _Uncounted:
-    """The gateway counts what a generation does; one command has nobody to tell."""
-
-    def began(self, choice: int, queue_s: float, prefill_s: float) -> None: ...
-
-    def tokens(self, choice: int, num_tokens: int) -> None: ...
-
-    def finished(self, choice: int, reason: str) -> None: ...
-
-    def aborted(self, reason: str) -> None: ...
 
 
 def run(settings: Settings, prompt: Prompt, *, as_json: bool) -> None:
@@ -140,7 +129,7 @@ def read_prompt(prompt: Prompt, gateway: GatewaySettings) -> tuple[GenerationReq
 
 async def _collect(pool: WorkerPool, submit: Submit, timeout_s: float, on_text: Callable[[str], None]) -> Completion:
     completion = Completion(len(submit.prompt_ids))
-    with pool.submit([submit], timeout_s=timeout_s, observer=_Uncounted()) as generation:
+    with pool.submit([submit], timeout_s=timeout_s, observer=Unobserved()) as generation:
         while outputs := await generation.read():
             for _, output in outputs:
                 completion.token_ids.extend(output.token_ids)

@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 
-from cluster.gateway.replies import PREDICTED_TTFT
+from cluster.gateway.replies import PREDICTED_TTFT_HEADER
 from loadtests.processes import BenchError
 
 TIMEOUT_S = 120.0
@@ -83,9 +83,9 @@ class ApiClient:
             async with self._session.post("/v1/completions", json=body) as response:
                 if response.status != 200:
                     raise BenchError(f"a completion gave HTTP {response.status}: {(await response.text())[:200]}")
-                predicted_ms = response.headers.get(PREDICTED_TTFT)
+                predicted_ms = response.headers.get(PREDICTED_TTFT_HEADER)
                 if predicted_ms is None:
-                    raise BenchError(f"the server predicts no time to first token: no header {PREDICTED_TTFT}")
+                    raise BenchError(f"the server predicts no time to first token: no header {PREDICTED_TTFT_HEADER}")
                 await response.content.readany()
                 measured_s = time.perf_counter() - started
                 await response.read()

@@ -56,6 +56,7 @@ from loadtests.kill_round import Round, one_round
 from loadtests.measures import percentile
 from loadtests.processes import BenchError
 from loadtests.report import Row, print_table, write_json
+from loadtests.running import ended_by_sigterm
 from loadtests.token_streams import Difference
 from loadtests.workload import word_ids
 
@@ -301,7 +302,8 @@ def main(argv: list[str] | None = None) -> int:
     tallies = {kind.name: Tally() for kind in KINDS}
     end: str | None = None
     try:
-        run(options, tallies, say)
+        with ended_by_sigterm():
+            run(options, tallies, say)
     except (BenchError, ForetokenError) as error:
         end = f"Error, after which no more was killed: {error}"
         for tally in tallies.values():

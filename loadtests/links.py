@@ -30,6 +30,7 @@ from rich.console import Console
 from cluster.errors import PeerLostError
 from loadtests.processes import BenchError
 from loadtests.report import Row, print_table, write_json
+from loadtests.running import ended_by_sigterm
 from workers.experts.exchange import GlooLink, LinkClient, LinkServer
 from workers.experts.frame import TensorSpec
 
@@ -247,7 +248,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--quick", action="store_true", help="two sizes, once")
     options = parser.parse_args(arguments)
-    rows = measure(QUICK if options.quick else Effort())
+    with ended_by_sigterm():
+        rows = measure(QUICK if options.quick else Effort())
     print_table(rows, Console())
     if options.json is not None:
         write_json(rows, options.json)

@@ -13,6 +13,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +21,13 @@ from rich.console import Console
 
 from cluster.config import load as load_settings
 from cluster.control.model import DEMO_PATH
-from cluster.errors import ForetokenError
+from cluster.errors import ConfigError, ForetokenError
 from cluster.machine import this_machine
 from loadtests.cluster_process import own_environment, whole_cluster
 from loadtests.measures import Slo
 from loadtests.processes import BenchError, LineProcess, Server, own_server
 from loadtests.report import Row, print_table, write_json
+from loadtests.running import ended_by_sigterm
 from loadtests.traces import Arrival, azure_2023, first_seconds, shortened
 from loadtests.workload import Listed, LoadRequest, random_prompts, word_ids
 
@@ -80,24 +82,24 @@ def rows(options: Options, one: dict[str, Any], many: dict[str, Any], num_reques
     """The cluster's figures beside one worker's."""
     shape = f"{num_requests} requests; prompts and answers 1/{options.divisor:g} of the trace's"
     bounds = f"good: first token within {SLO.ttft_s:g} s, then {SLO.tpot_s:g} s a token"
-    return [
-        Row(
-            bench=BENCH,
-            case=options.case,
-            metric=metric,
-            unit=unit,
-            value=many[key] * factor,
-            baseline=one[key] * factor,
-            note=f"cluster (value) beside one worker (baseline), same machine; {shape}; {bounds}" if not index else "",
-        )
-        for index, (metric, unit, key, factor) in enumerate(MEASURES)
-    ]
+    note = f"cluster (value) beside one worker (baseline), same machine; {shape}; {bounds}"
+    found = []
+    for metric, unit, key, factor in MEASURES:
+        row = partial(Row, bench=BENCH, case=options.case, metric=metric, unit=unit)
+        if one[key] is None or many[key] is None:
+            found.append(row(reason="no request of the trace had what this is measured by"))
+        else:
+            found.append(row(value=many[key] * factor, baseline=one[key] * factor, note="" if found else note))
+    return found
 
 
 def run(options: Options, say: Callable[[str], None]) -> list[Row]:
     """Replay against both. Raises `BenchError` where a server does not serve, `ConfigError` where there is no trace."""
     trace = azure_2023(load_settings().data, options.trace)
     arrivals = shortened(first_seconds(trace, options.seconds), options.divisor, max_tokens=2048)
+    if not arrivals:
+        text = f"the trace {options.trace} has no request in its first {options.seconds:g} s"
+        raise ConfigError(text, param="seconds")
     words = word_ids(DEMO_PATH)
     num_threads = this_machine().num_usable_cores
 
@@ -137,7 +139,10 @@ def main(argv: list[str] | None = None) -> int:
     options = Options(given.trace, seconds, given.divisor, given.seed, given.local, given.json_path)
     console = Console(stderr=True)
     try:
-        measured = run(options, lambda text: console.print(text, style="dim", highlight=False))
+        if options.json_path is not None and not options.json_path.absolute().parent.is_dir():
+            raise ConfigError(f"--json {options.json_path}: there is no such folder", param="json")
+        with ended_by_sigterm():
+            measured = run(options, lambda text: console.print(text, style="dim", highlight=False))
     except (BenchError, ForetokenError) as error:
         console.print(f"Error: {error}", style="red", highlight=False)
         return 1

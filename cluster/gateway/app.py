@@ -22,7 +22,7 @@ from cluster.gateway.middleware import Gate, RequestContext
 from cluster.gateway.openapi import openapi_routes
 from cluster.gateway.pool import WorkerPool
 from cluster.gateway.replies import JSONBytes, anthropic_error, error_response, is_anthropics, openai_error
-from cluster.gateway.service import Gateway, model_not_found
+from cluster.gateway.service import Gateway, gateway_of, model_not_found
 from cluster.gateway.settings import GatewaySettings
 from cluster.gateway.status import PoolStatus, StatusSource, cluster_body
 from cluster.gateway.tracing import NO_TRACING, Tracing
@@ -68,14 +68,9 @@ def create_app(
     return app
 
 
-def _gateway(request: Request) -> Gateway:
-    gateway: Gateway = request.app.state.gateway
-    return gateway
-
-
 async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, ForetokenError)
-    _gateway(request).metrics.failed(error.code)
+    gateway_of(request).metrics.failed(error.code)
     return error_response(error, request.scope)
 
 
@@ -102,37 +97,37 @@ def _methods(request: Request) -> str:
 
 @router.post("/v1/completions")
 async def completions(request: Request) -> Response:
-    return await _gateway(request).reply(request, _gateway(request).completions)
+    return await gateway_of(request).reply(request, gateway_of(request).completions)
 
 
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request) -> Response:
-    return await _gateway(request).reply(request, _gateway(request).chat_completions)
+    return await gateway_of(request).reply(request, gateway_of(request).chat_completions)
 
 
 @router.post("/v1/responses")
 async def responses(request: Request) -> Response:
-    return await _gateway(request).reply(request, _gateway(request).responses(request))
+    return await gateway_of(request).reply(request, gateway_of(request).responses(request))
 
 
 @router.post("/v1/messages")
 async def messages(request: Request) -> Response:
-    return await _gateway(request).reply(request, _gateway(request).messages)
+    return await gateway_of(request).reply(request, gateway_of(request).messages)
 
 
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(request: Request) -> Response:
-    return await _gateway(request).count_tokens(request, TokenCounts())
+    return await gateway_of(request).count_tokens(request, TokenCounts())
 
 
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
-    return JSONBytes({"object": "list", "data": [_model(_gateway(request))]})
+    return JSONBytes({"object": "list", "data": [_model(gateway_of(request))]})
 
 
 @router.get("/v1/models/{model_id:path}")
 async def model(request: Request, model_id: str) -> Response:
-    gateway = _gateway(request)
+    gateway = gateway_of(request)
     if model_id != gateway.settings.served_name:
         raise model_not_found(model_id, gateway.settings.served_name)
     return JSONBytes(_model(gateway))
@@ -151,18 +146,18 @@ def _model(gateway: Gateway) -> dict[str, Any]:
 
 @router.get("/v1/capabilities")
 async def list_capabilities(request: Request) -> Response:
-    return JSONBytes(capabilities(_gateway(request).settings.served_name))
+    return JSONBytes(capabilities(gateway_of(request).settings.served_name))
 
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    return Response(await exposition(_gateway(request)), media_type=CONTENT_TYPE_LATEST)
+    return Response(await exposition(gateway_of(request)), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/cluster")
 async def cluster(request: Request) -> Response:
     """What the page at ``/`` shows."""
-    gateway = _gateway(request)
+    gateway = gateway_of(request)
     body = cluster_body(
         await gateway.status.look(),
         gateway.pool,

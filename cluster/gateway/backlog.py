@@ -14,23 +14,24 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cluster.gateway.route import group_of
 from cluster.gateway.ttft import RequestSize, StepCostFit, WorkerSnapshot, predict_ttft
 from cluster.protocol import EngineState, Hello, Submit
 
 FIRST_MEAN_TOKENS = 64.0  # of a sequence, before one has ended
 LEARNING = 0.05  # weight of what is new in the means here: some twenty observations are remembered
 MAX_CORRECTION = 16.0  # of a prediction, either way
-MAX_SURPRISE = 0.5  # how far off a prediction may be, as a logarithm, to count in full: outliers count no more
+MAX_LOG_SURPRISE = 0.5  # how far off a prediction may be, as a logarithm, to count in full: outliers count no more
 MAX_HASHED_PAGES = 512  # of one prompt
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """A gateway's own sequences on one worker."""
+class OwnLoad:
+    """A gateway's own sequences on one worker: those that run there and those that wait."""
 
-    num_begun: int  # that have their first token
-    num_before: int  # that wait for it
-    prompt_tokens: int  # of those, likely to be computed
+    num_decoding: int  # that have their first token
+    num_without_token: int  # that wait for a place, or for their prompt
+    prompt_tokens: int  # of the latter, likely to be computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Seconds until a request's first token, from its being sent to a worker."""
+    """Seconds from sequences' being sent to workers until each of them has its first token."""
 
     ttft_s: float
     alone_s: float  # if the worker had nothing else to do
@@ -85,7 +86,7 @@ class Backlog:
     def __init__(self) -> None:
         self._hello: Hello | None = None
         self._state = EngineState()
-        self._others = Running(0, 0, 0)  # as of the last state
+        self._others = OwnLoad(0, 0, 0)  # as of the last state
         self._fit = StepCostFit()
         self._seen = SeenPages(0)
         self._found = 1.0  # of the tokens that were expected in its prefix cache
@@ -103,19 +104,19 @@ class Backlog:
             self._state = EngineState(
                 worker_id=hello.worker_id, pages_total=hello.num_pages, pages_free=hello.num_pages
             )
-        self._others = Running(0, 0, 0)
+        self._others = OwnLoad(0, 0, 0)
         self._hello = hello
 
-    def told(self, state: EngineState, own: Running) -> None:
+    def told(self, state: EngineState, own: OwnLoad) -> None:
         """Its numbers as of now, when this gateway has `own` there."""
         self._fit.observe(self._state, state)
         self._state = state
         num_all = state.num_running + state.num_waiting + state.num_compiling
-        num_others = max(0, num_all - own.num_begun - own.num_before)
-        num_begun = min(num_others, max(0, state.num_running - own.num_begun))
-        self._others = Running(
-            num_begun=num_begun,
-            num_before=num_others - num_begun,
+        num_others = max(0, num_all - own.num_decoding - own.num_without_token)
+        num_decoding = min(num_others, max(0, state.num_running - own.num_decoding))
+        self._others = OwnLoad(
+            num_decoding=num_decoding,
+            num_without_token=num_others - num_decoding,
             prompt_tokens=max(0, state.prompt_tokens_ahead - own.prompt_tokens),
         )
 
@@ -129,7 +130,7 @@ class Backlog:
         """What was predicted took `ttft_s`."""
         surprise = math.log(max(ttft_s, 1e-6) / prediction.uncorrected_s) - self._log_correction
         bound = math.log(MAX_CORRECTION)
-        step = 2 * LEARNING * max(-MAX_SURPRISE, min(MAX_SURPRISE, surprise))
+        step = 2 * LEARNING * max(-MAX_LOG_SURPRISE, min(MAX_LOG_SURPRISE, surprise))
         self._log_correction = max(-bound, min(bound, self._log_correction + step))
 
     def ended(self, num_tokens: int) -> None:
@@ -159,7 +160,7 @@ class Backlog:
             self._last, self._last_pages = submit, page_hashes(submit, page_size)
         return self._last_pages
 
-    def snapshot(self, own: Running) -> WorkerSnapshot | None:
+    def snapshot(self, own: OwnLoad) -> WorkerSnapshot | None:
         """What there is to do, with `own` there; None before it was connected."""
         hello, state, others = self._hello, self._state, self._others
         if hello is None:
@@ -168,8 +169,8 @@ class Backlog:
             cost=self._fit.cost,
             token_budget=hello.token_budget,
             max_num_seqs=hello.max_num_seqs,
-            num_running=own.num_begun + others.num_begun,
-            num_waiting=own.num_before + others.num_before,
+            num_running=own.num_decoding + others.num_decoding,
+            num_waiting=own.num_without_token + others.num_without_token,
             prompt_tokens_ahead=own.prompt_tokens + others.prompt_tokens,
             pages_total=hello.num_pages,
             pages_free=state.pages_free,
@@ -177,11 +178,29 @@ class Backlog:
             mean_output_tokens=self._mean_output_tokens,
         )
 
-    def predict(self, submit: Submit, own: Running) -> Prediction | None:
-        """When the first token of a sequence would come that is sent there now; None before it was connected."""
-        return self.predict_size(RequestSize(len(submit.prompt_ids), cached_tokens=self.prefix(submit).num_cached), own)
+    def size(self, submits: Sequence[Submit]) -> RequestSize:
+        """Of sequences that are sent there together; those of a group share its prompt's pages, where pages are kept.
 
-    def predict_size(self, size: RequestSize, own: Running) -> Prediction | None:
+        What one prompt has in common with another of them is not looked for.
+        """
+        keeps_pages = self._hello is not None and self._hello.prefix_cache
+        prompts = list({group_of(submit): submit for submit in submits}.values())
+        computed = prompts if keeps_pages else submits
+        lengths = [len(submit.prompt_ids) for submit in computed]
+        cached = [self.prefix(submit).num_cached for submit in computed]
+        return RequestSize(
+            prompt_tokens=sum(lengths),
+            # a prompt's last token is computed, whatever is cached
+            cached_tokens=sum(min(found, length - 1) for found, length in zip(cached, lengths, strict=True)),
+            num_prompts=len(computed),
+            num_samples=len(submits),
+        )
+
+    def predict(self, submits: Sequence[Submit], own: OwnLoad) -> Prediction | None:
+        """When all first tokens of sequences would be there that are sent now; None before it was connected."""
+        return self.predict_size(self.size(submits), own)
+
+    def predict_size(self, size: RequestSize, own: OwnLoad) -> Prediction | None:
         snapshot = self.snapshot(own)
         if snapshot is None:
             return None

@@ -20,9 +20,10 @@ from starlette.responses import Response
 
 from cluster.errors import ContextLengthError, InvalidValueError
 from cluster.gateway.fields import HONOURED, WITHOUT_EFFECT, RequestModel, invalid, unsupported, validate
+from cluster.gateway.generation import Unobserved
 from cluster.gateway.limits import parse_object
 from cluster.gateway.openai import PROMPTS_SCHEMA, Prompts, ShortText, read_prompts
-from cluster.gateway.service import Gateway, Work
+from cluster.gateway.service import Gateway, Work, gateway_of
 from cluster.gateway.submit import check_ids
 from cluster.metrics import GatewayMetrics
 from cluster.protocol import Hello, Pooling, Sampling, Stopping, Submit
@@ -69,45 +70,46 @@ class EmbeddingRequest(RequestModel):
     request_id: Annotated[Any, unsupported(note="send it as the header X-Request-Id")] = None
 
 
-class _Observer:
-    """Counts inputs as sequences that generate nothing."""
+class _WaveObserver(Unobserved):
+    """Counts inputs, from the `first` on, as sequences that generate nothing."""
 
-    def __init__(self, metrics: GatewayMetrics, arrival: float) -> None:
+    def __init__(self, metrics: GatewayMetrics, work: Work[EmbeddingRequest], first: int) -> None:
         self._metrics = metrics
-        self._arrival = arrival  # time.perf_counter() seconds
+        self._work = work
+        self._first = first
 
     def began(self, choice: int, queue_s: float, prefill_s: float) -> None:
         self._metrics.queue_time.observe(queue_s)
         self._metrics.prefill_time.observe(prefill_s)
-
-    def tokens(self, choice: int, num_tokens: int) -> None:
-        """There are none."""
+        self._work.trace.began(self._first + choice, queue_s, prefill_s)
 
     def finished(self, choice: int, reason: str) -> None:
         self._metrics.finished(reason)
-        self._metrics.e2e.observe(time.perf_counter() - self._arrival)
+        self._metrics.e2e.observe(time.perf_counter() - self._work.arrival)
 
-    def aborted(self, reason: str) -> None:
+    def aborted(self, choice: int, reason: str) -> None:
         self._metrics.aborted(reason)
+        self._work.trace.aborted(self._first + choice, reason)
 
 
 @router.post("/v1/embeddings")
 async def embeddings(request: Request) -> Response:
-    gateway: Gateway = request.app.state.gateway
+    gateway = gateway_of(request)
 
     async def embed(work: Work[EmbeddingRequest]) -> Response:
         return await _embed(gateway, work)
 
-    return await gateway.answer(request, lambda body: validate(EmbeddingRequest, parse_object(body)), embed)
+    return await gateway.answer(
+        request, lambda body: validate(EmbeddingRequest, parse_object(body)), embed, is_traced=True
+    )
 
 
 async def _embed(gateway: Gateway, work: Work[EmbeddingRequest]) -> Response:
-    asked, arrival = work.asked, work.deadline - gateway.settings.request_timeout_s
+    asked = work.asked
     gateway.check_model(asked.model)
     hello = await gateway.pool.ready(work.time_left)
     inputs = await _encode(gateway, asked, hello)
     num_tokens = sum(map(len, inputs))
-    gateway.metrics.prompt_tokens.observe(num_tokens)
     reply_id = f"embd-{uuid.uuid4().hex}"
     salt = gateway.salt(work.place, asked.cache_salt) or ""
     items, num_cached = [b""] * len(inputs), 0
@@ -123,10 +125,17 @@ async def _embed(gateway: Gateway, work: Work[EmbeddingRequest]) -> Response:
                 deadline_s=work.time_left,
                 cache_salt=salt,
                 pooling=asked.pooling,
+                traceparent=work.trace.traceparent,
             )
             for index, ids in enumerate(inputs[first : first + WAVE])
         ]
-        observer = _Observer(gateway.metrics, arrival)
+        if first == 0:  # those behind them go on where they have been let in
+            gateway.check_wait(submits)
+            gateway.metrics.prompt_tokens.observe(num_tokens)
+            model, form = gateway.settings.served_name, asked.encoding_format
+            work.trace.embeds(model, reply_id, num_tokens, form, work.place.request_id)
+        work.trace.sent()
+        observer = _WaveObserver(gateway.metrics, work, first)
         submitted = gateway.pool.submit(submits, timeout_s=work.time_left, observer=observer)
         generation = work.held.enter_context(submitted)
         work.place.run(generation, num_tokens)
@@ -158,14 +167,14 @@ async def _encode(gateway: Gateway, asked: EmbeddingRequest, hello: Hello) -> li
     for index, given in enumerate(asked.input):
         _check_length(index, tokenizer.min_tokens(given) if isinstance(given, str) else len(given), longest)
 
-    def work() -> list[tuple[int, ...]]:
+    def encoded() -> list[tuple[int, ...]]:
         special = asked.add_special_tokens
         return [
             tuple(tokenizer.encode(given, special_tokens=special) if isinstance(given, str) else given)
             for given in asked.input
         ]
 
-    found = await gateway.with_text(sum(len(given) for given in asked.input), work)
+    found = await gateway.with_text(sum(len(given) for given in asked.input), encoded)
     _check(found, hello)
     return found
 

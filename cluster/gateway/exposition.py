@@ -8,10 +8,8 @@ from cluster.gateway.pool import WorkerPool
 from cluster.gateway.service import Gateway
 from cluster.gateway.status import STATE_TIMEOUT_S
 from cluster.metrics import vllm_text
-from cluster.metrics.table import kv_usage
+from cluster.metrics.table import FULL_KV, kv_usage
 from cluster.protocol import EngineState
-
-FULL_KV = 0.9  # share of the pages in use that counts as saturated
 
 
 async def exposition(gateway: Gateway) -> bytes:

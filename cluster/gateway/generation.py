@@ -20,7 +20,7 @@ from cluster.protocol import Finish, RequestOutput, Submit
 
 
 class Observer(Protocol):
-    """Counts and times what a generation does (see `cluster.metrics`)."""
+    """Is told what each sequence of a generation does (see `cluster.metrics`)."""
 
     def began(self, choice: int, queue_s: float, prefill_s: float) -> None:
         """Its first output is here: what its worker says of it."""
@@ -29,7 +29,20 @@ class Observer(Protocol):
 
     def finished(self, choice: int, reason: str) -> None: ...
 
-    def aborted(self, reason: str) -> None: ...
+    def aborted(self, choice: int, reason: str) -> None:
+        """It ends without `finished`."""
+
+
+class Unobserved:
+    """An `Observer` that does nothing but what a subclass does."""
+
+    def began(self, choice: int, queue_s: float, prefill_s: float) -> None: ...
+
+    def tokens(self, choice: int, num_tokens: int) -> None: ...
+
+    def finished(self, choice: int, reason: str) -> None: ...
+
+    def aborted(self, choice: int, reason: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +63,9 @@ class Observers:
         for observer in self.all:
             observer.finished(choice, reason)
 
-    def aborted(self, reason: str) -> None:
+    def aborted(self, choice: int, reason: str) -> None:
         for observer in self.all:
-            observer.aborted(reason)
+            observer.aborted(choice, reason)
 
 
 @dataclass(slots=True, eq=False)
@@ -154,6 +167,7 @@ class Generation:
         if finish is not None:
             del self._open[sample]
             if finish.reason in ("error", "abort"):
+                self._observer.aborted(sample.choice, "error")
                 self._end(_error_of(finish, self.grammar_field), reason="error")
                 return
         if new.queue_s is not None and new.prefill_s is not None:
@@ -181,8 +195,8 @@ class Generation:
 
     def _end(self, error: Exception, reason: str) -> None:
         self._error = error
-        self._observer.aborted(reason)
         for sample in self._open:
+            self._observer.aborted(sample.choice, reason)
             self._send_abort(sample)
         self._open.clear()
         self._stop_timer()

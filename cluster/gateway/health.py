@@ -13,8 +13,9 @@ import uuid
 from fastapi import APIRouter, Request, Response
 
 from cluster.errors import ForetokenError
+from cluster.gateway.generation import Unobserved
 from cluster.gateway.replies import JSONBytes
-from cluster.gateway.service import Gateway
+from cluster.gateway.service import Gateway, gateway_of
 from cluster.gateway.status import STATE_TIMEOUT_S
 from cluster.protocol import EngineState, Sampling, Stopping, Submit
 from cluster.version import version
@@ -29,9 +30,8 @@ router = APIRouter()
 class GenerationCheck:
     """Lets a worker generate one token, now and then."""
 
-    def __init__(self, gateway: Gateway, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._deadline_s = deadline_s
         self._lock = asyncio.Lock()
         self._found_at = float("-inf")
         self._reason: str | None = None
@@ -55,10 +55,11 @@ class GenerationCheck:
             sampling=Sampling(seed=0, temperature=0.0),
             stopping=Stopping(max_tokens=1),
             priority=SOONEST,
-            deadline_s=self._deadline_s,
+            deadline_s=DEADLINE_S,
         )
         try:
-            with pool.submit([submit], timeout_s=self._deadline_s, observer=_Unseen()) as generation:
+            # it is nobody's request, and counts in no metric of requests
+            with pool.submit([submit], timeout_s=DEADLINE_S, observer=Unobserved()) as generation:
                 while await generation.read():
                     pass
         except ForetokenError as error:
@@ -67,31 +68,14 @@ class GenerationCheck:
         return None
 
 
-class _Unseen:
-    """A check is nobody's request: it counts in no metric of requests."""
-
-    def began(self, choice: int, queue_s: float, prefill_s: float) -> None: ...
-
-    def tokens(self, choice: int, num_tokens: int) -> None: ...
-
-    def finished(self, choice: int, reason: str) -> None: ...
-
-    def aborted(self, reason: str) -> None: ...
-
-
 def _has_generated(before: dict[str, EngineState], after: dict[str, EngineState]) -> bool:
     """Whether a worker, by name, has generated anything in between; another process of its name counts anew."""
 
-    def num_before(name: str, worker_id: str) -> int:
+    def tokens_before(name: str, worker_id: str) -> int:
         state = before.get(name)
         return state.generated_tokens if state is not None and state.worker_id == worker_id else 0
 
-    return any(state.generated_tokens > num_before(name, state.worker_id) for name, state in after.items())
-
-
-def _gateway(request: Request) -> Gateway:
-    gateway: Gateway = request.app.state.gateway
-    return gateway
+    return any(state.generated_tokens > tokens_before(name, state.worker_id) for name, state in after.items())
 
 
 def not_ready(gateway: Gateway) -> str | None:
@@ -121,13 +105,13 @@ async def live() -> Response:
 @router.post("/ping")
 async def ready(request: Request) -> Response:
     """New requests are taken and will run."""
-    return _answer(not_ready(_gateway(request)))
+    return _answer(not_ready(gateway_of(request)))
 
 
 @router.get("/health/startup")
 async def startup(request: Request) -> Response:
     """A worker has been up once."""
-    pool = _gateway(request).pool
+    pool = gateway_of(request).pool
     return _answer(None if pool.num_connections else f"no worker yet: {pool.last_failure}")
 
 

@@ -1,4 +1,4 @@
-"""What callers may not exceed: a body's size, time and nesting; the number of open requests, and their bodies' sum."""
+"""What callers may not exceed: a body's size, time and nesting; the number of open requests, and what they hold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cluster.gateway.backlog import Prediction
 from cluster.gateway.generation import Generation
 
 MAX_JSON_DEPTH = 128
-MAX_HELD_BYTES = 256 * 2**20  # of the bodies of all open requests; what is made of a body is as large, and stays
+MAX_HELD_BYTES = 256 * 2**20  # of all open requests' bodies, as what is made of them is as large, and long replies
 FLUSH_S = 1.0  # for the last replies to be written after the drain's end
 _NOT_A_NUMBER = re.compile(rb'"([^"\\]{1,64})"\s*:\s*(-?(?:NaN|Infinity))\b')
 
@@ -49,15 +49,16 @@ async def read_body(
 
 
 def check_ttft(prediction: Prediction, max_ttft_s: float) -> None:
-    """Raise `OverloadedError` where a first token would come too late, with when another try would be in time.
+    """Raise `OverloadedError` where a request's last first token would come too late, with when to try again.
 
-    A request that takes longer than `max_ttft_s` by itself may wait for so long.
+    A request of several sequences is in time when each of them is. One that takes longer than `max_ttft_s` by itself
+    may wait for so long.
     """
     bound_s = max_ttft_s if prediction.alone_s <= max_ttft_s else prediction.alone_s + max_ttft_s
     if (late_s := prediction.ttft_s - bound_s) > 0:
         raise OverloadedError(
-            f"the first token would come after some {prediction.ttft_s:.1f} s, and {bound_s:.1f} s are allowed: try "
-            "again later",
+            f"the last of the request's sequences would have its first token after some {prediction.ttft_s:.1f} s, and "
+            f"{bound_s:.1f} s are allowed: try again later",
             retry_after_s=late_s,
         )
 
@@ -103,7 +104,7 @@ class Place:
     request_id: str
     tenant: str
     began: float = field(default_factory=time.monotonic)
-    held_bytes: int = 0  # of its body
+    held_bytes: int = 0  # of its body, and of a reply that is kept until it is whole
     num_prompt_tokens: int = 0
     generation: Generation | None = None  # once it was given to a worker, or waits for one
     _task: asyncio.Task[Any] | None = None
@@ -116,7 +117,7 @@ class Place:
         return "reading" if self._task is None else "preparing"
 
     def hold(self, num_bytes: int) -> None:
-        """Count so much more of the body, until the place is given back. Raises `OverloadedError` over the bound."""
+        """Count so many bytes more, until the place is given back. Raises `OverloadedError` over the bound."""
         self.admission.hold(self, num_bytes)
 
     def begin(self) -> None:
@@ -142,7 +143,7 @@ class Place:
 
 
 class Admission:
-    """Which requests are open, how large their bodies are together, and whether more are let in."""
+    """Which requests are open, how many bytes they hold together, and whether more are let in."""
 
     def __init__(self, max_open: int, max_per_tenant: int = 0) -> None:
         """`max_per_tenant` 0: a tenant may have all of them."""
@@ -197,8 +198,8 @@ class Admission:
         """Raises `OverloadedError` when the open requests would hold more than `MAX_HELD_BYTES`."""
         if self.held_bytes + num_bytes > MAX_HELD_BYTES:
             raise OverloadedError(
-                f"the bodies of the {self.num_open} open requests are {self.held_bytes} bytes; with this one they "
-                f"would be over {MAX_HELD_BYTES}: try again later",
+                f"the {self.num_open} open requests hold {self.held_bytes} bytes of bodies and replies; with "
+                f"{num_bytes} more they would be over {MAX_HELD_BYTES}: try again later",
                 retry_after_s=1.0,
             )
         place.held_bytes += num_bytes

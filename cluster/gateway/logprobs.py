@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.gateway.openai import CompletionRequest
 from cluster.gateway.submit import Prompt
-from cluster.gateway.tokenize import TextTokenizer
+from cluster.gateway.tokenizer import TextTokenizer
 from cluster.protocol import RequestOutput, TokenLogprobs, TopLogprob
 
 LOWEST = -9999.0  # stands for minus infinity, which JSON has not

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from cluster.gateway.backlog import Backlog, Prediction, Prefix, Running
+from cluster.gateway.backlog import Backlog, OwnLoad, Prediction, Prefix
 from cluster.gateway.client import WorkerClient
 from cluster.gateway.generation import Generation, Sample
 from cluster.protocol import EngineState, Hello, RequestOutput
@@ -70,11 +70,11 @@ class Member:
         return None if self.refuses or self.leaves else self.client.hello
 
     @property
-    def running(self) -> Running:
+    def own_load(self) -> OwnLoad:
         """What it has of this gateway's."""
-        before = [run for run in self.runs.values() if run.num_prompt_left]
-        ahead = sum(run.num_prompt_left - (run.prefix.num_cached if run.prefix else 0) for run in before)
-        return Running(num_begun=len(self.runs) - len(before), num_before=len(before), prompt_tokens=ahead)
+        waiting = [run for run in self.runs.values() if run.num_prompt_left]
+        ahead = sum(run.num_prompt_left - (run.prefix.num_cached if run.prefix else 0) for run in waiting)
+        return OwnLoad(num_decoding=len(self.runs) - len(waiting), num_without_token=len(waiting), prompt_tokens=ahead)
 
     def connected(self) -> None:
         self.refuses = False
@@ -95,7 +95,7 @@ class Member:
             run.prediction = None
 
     def told(self, state: EngineState) -> None:
-        self.backlog.told(state, self.running)
+        self.backlog.told(state, self.own_load)
 
     def lost(self) -> None:
         self.pool.member_lost(self)

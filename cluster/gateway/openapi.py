@@ -1,7 +1,8 @@
 """`GET /openapi.json`: the API as an OpenAPI 3.1 document (https://spec.openapis.org/oas/v3.1.0).
 
-Made from what answers: paths from the routes, bodies from the request models with their `Support`, statuses from what
-a route can end in. Which fields may not stand together is no part of a schema: the error says it.
+Paths are made from the routes, bodies from the request models with their `Support`; statuses and replies are told here
+and in `openapi_replies.py`, and the tests hold them to what comes. Which fields may not stand together is no part of a
+schema: the error says it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from cluster.gateway.auth import OPEN_PATHS
 from cluster.gateway.capabilities import ENDPOINTS, nested_models
 from cluster.gateway.fields import RequestModel
 from cluster.gateway.openapi_replies import ANTHROPIC_ERROR, ERROR, EVENT, REPLIES, Schema, ref
-from cluster.gateway.replies import MESSAGES_PATH, PREDICTED_TTFT, JSONBytes
+from cluster.gateway.replies import MESSAGES_PATH, PREDICTED_TTFT_HEADER, JSONBytes
+from cluster.gateway.stored_responses import DEFAULT_LISTED, MAX_LISTED
 from cluster.version import version
 
 PATH = "/openapi.json"
@@ -47,7 +49,7 @@ STATUSES: dict[tuple[str, str], tuple[int, ...]] = {  # of a route's own, where 
 QUERIES: dict[tuple[str, str], dict[str, Schema]] = {
     ("GET", "/v1/responses/{response_id}"): {"stream": {"enum": ["false"]}},
     ("GET", "/v1/responses/{response_id}/input_items"): {
-        "limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20},
+        "limit": {"type": "integer", "minimum": 1, "maximum": MAX_LISTED, "default": DEFAULT_LISTED},
         "order": {"enum": ["asc", "desc"], "default": "desc"},
         "after": {"type": "string"},
     },
@@ -157,7 +159,7 @@ def _response(method: str, path: str, status: int) -> dict[str, Any]:
     described = {"description": _MEANINGS[status], "content": content}
     if status < 400 and path in STREAMED:
         described["headers"] = {
-            PREDICTED_TTFT: {
+            PREDICTED_TTFT_HEADER: {
                 "description": "milliseconds from the request's arrival until its first token was predicted to come",
                 "schema": {"type": "number", "minimum": 0},
             }

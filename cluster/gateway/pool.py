@@ -8,7 +8,9 @@ gets it who might compute other tokens (`likeness`). The choices of one prompt g
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
@@ -19,7 +21,7 @@ from cluster.gateway.client import WorkerClient
 from cluster.gateway.generation import Generation, Observer, Sample
 from cluster.gateway.likeness import ModelsTold, PoolModel, all_unlike, token_difference
 from cluster.gateway.members import Endpoint, Member, Run
-from cluster.gateway.route import WorkerLoad, choose, generated_load, prefix_key
+from cluster.gateway.route import WorkerLoad, choose, generated_load, group_of, prefix_key
 from cluster.gateway.ttft import RequestSize
 from cluster.protocol import Abort, EngineState, Hello, RequestOutput, Submit
 
@@ -190,7 +192,7 @@ class WorkerPool:
         """How long a prompt of one token would wait for its first token at each worker that is there, by name."""
         members = [member for member in self._members.values() if member.client.hello is not None]
         found = {
-            member.endpoint.name: member.backlog.predict_size(RequestSize(1), member.running) for member in members
+            member.endpoint.name: member.backlog.predict_size(RequestSize(1), member.own_load) for member in members
         }
         return {name: prediction.ttft_s for name, prediction in found.items() if prediction is not None}
 
@@ -210,10 +212,22 @@ class WorkerPool:
         except TimeoutError:
             raise DeadlineError(f"no worker was ready within {timeout_s:g} s ({self.last_failure})") from None
 
-    def predict(self, submit: Submit) -> Prediction | None:
-        """When the first token of a sequence would come if it were submitted now; None: it would wait for a worker."""
-        member = self._choose(submit, None)
-        return None if member is None else member.backlog.predict(submit, member.running)
+    def predict(self, submits: Sequence[Submit]) -> Prediction | None:
+        """When all first tokens of sequences would be there that are submitted now; None: one would wait for a worker.
+
+        Each group goes where `submit` would place it behind those before it.
+        """
+        placed: dict[Member, list[Submit]] = {}
+        planned: Counter[str] = Counter()
+        for _, same in itertools.groupby(submits, group_of):
+            group = list(same)
+            member = self._choose(group[0], None, planned)
+            if member is None:
+                return None
+            placed.setdefault(member, []).extend(group)
+            planned[member.endpoint.name] += sum(len(submit.prompt_ids) + generated_load(submit) for submit in group)
+        found = [member.backlog.predict(there, member.own_load) for member, there in placed.items()]
+        return max((prediction for prediction in found if prediction), key=lambda one: one.ttft_s, default=None)
 
     def submit(
         self, submits: Sequence[Submit], *, timeout_s: float, observer: Observer, prediction: Prediction | None = None
@@ -229,7 +243,7 @@ class WorkerPool:
         generation = Generation(samples, send_abort=self._abort, observer=observer, max_buffered=self._max_buffered)
         groups: dict[str, list[Run]] = {}
         for sample in samples:
-            group = groups.setdefault(sample.submit.group or sample.submit.request_id, [])
+            group = groups.setdefault(group_of(sample.submit), [])
             run = Run(sample, generation, group, prediction=None if sample.choice else prediction)
             group.append(run)
             self._runs[sample] = run
@@ -279,13 +293,15 @@ class WorkerPool:
             return token_difference(began_on, hello) is None
         return self._model.difference(hello) is None
 
-    def _choose(self, submit: Submit, began_on: Hello | None) -> Member | None:
+    def _choose(self, submit: Submit, began_on: Hello | None, planned: Counter[str] | None = None) -> Member | None:
+        """`planned`: tokens that a worker will have beside those that it has, by its name."""
+        more = planned or Counter()
         members = {member.endpoint.name: member for member in self._members.values() if self._suits(member, began_on)}
         if not members:
             return None
         hello = next(iter(members.values())).client.hello
         assert hello is not None
-        loads = [WorkerLoad(name, len(member.runs), member.num_tokens) for name, member in members.items()]
+        loads = [WorkerLoad(name, len(one.runs), one.num_tokens + more[name]) for name, one in members.items()]
         name = choose(loads, prefix_key(submit, hello.page_size))
         return None if name is None else members[name]
 

@@ -75,29 +75,3 @@ class RecentLatencies:
 
     def body(self) -> dict[str, Any]:
         return {"window_s": WINDOW_S, "ttft": self.ttft.summary(), "itl": self.itl.summary()}
-
-
-class RecentTimer:
-    """An `Observer` of one request. `arrival`: of the request, in `time.perf_counter()` seconds."""
-
-    def __init__(self, recent: RecentLatencies, *, arrival: float, num_choices: int) -> None:
-        self._recent = recent
-        self._arrival = arrival
-        self._last = [0.0] * num_choices  # when a choice's last tokens came; 0: none have
-
-    def began(self, choice: int, queue_s: float, prefill_s: float) -> None:
-        """What a first token waited for is no part of these numbers."""
-
-    def tokens(self, choice: int, num_tokens: int) -> None:
-        now, last = time.perf_counter(), self._last[choice]
-        if last:
-            self._recent.itl.observe(now - last)
-        else:
-            self._recent.ttft.observe(now - self._arrival)
-        self._last[choice] = now
-
-    def finished(self, choice: int, reason: str) -> None:
-        """Nothing is timed at an end."""
-
-    def aborted(self, reason: str) -> None:
-        """Nor at an abort."""

@@ -21,7 +21,7 @@ from cluster.protocol import Finish, RequestOutput, TokenLogprobs
 logger = logging.getLogger(__name__)
 
 MESSAGES_PATH = "/v1/messages"
-PREDICTED_TTFT = "x-foretoken-predicted-ttft-ms"  # a header: milliseconds from a request's arrival
+PREDICTED_TTFT_HEADER = "x-foretoken-predicted-ttft-ms"  # a header: milliseconds from a request's arrival
 ANTHROPIC_KINDS = {  # docs.anthropic.com/en/api/errors
     401: "authentication_error",
     403: "permission_error",

@@ -34,6 +34,11 @@ def generated_load(submit: Submit) -> int:
     return max(0, min(submit.stopping.max_tokens - len(submit.output_ids), EXPECTED_TOKENS))
 
 
+def group_of(submit: Submit) -> str:
+    """What sequences have in common that go to one worker together."""
+    return submit.group or submit.request_id
+
+
 def prefix_key(submit: Submit, page_size: int) -> bytes | None:
     """What prompts with the same first KV page have in common; None where a prompt has no whole page to share."""
     if len(submit.prompt_ids) <= page_size:  # its last token is always computed

@@ -6,7 +6,7 @@ import asyncio
 import sys
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from starlette.responses import Response
 
 from cluster.errors import DeadlineError, DrainingError, ForetokenError, InvalidValueError, ModelNotFoundError
 from cluster.gateway.auth import tenant_of, tenants_salt
+from cluster.gateway.backlog import Prediction
 from cluster.gateway.chat import load_template
 from cluster.gateway.dialects.base import Batch, Dialect, Events, RequestForm
 from cluster.gateway.dialects.chat_completions import ChatCompletions
@@ -32,8 +33,8 @@ from cluster.gateway.openai import ChatCompletionRequest, GenerationRequest
 from cluster.gateway.parsing.reply_format import ReplyFormat, ReplyShape
 from cluster.gateway.parsing.think import CLOSE
 from cluster.gateway.pool import WorkerPool
-from cluster.gateway.recent import RecentLatencies, RecentTimer
-from cluster.gateway.replies import PREDICTED_TTFT, JSONBytes, error_response, read_all
+from cluster.gateway.recent import RecentLatencies
+from cluster.gateway.replies import PREDICTED_TTFT_HEADER, JSONBytes, error_response, read_all
 from cluster.gateway.response_store import ResponseStore, TenantResponses
 from cluster.gateway.settings import GatewaySettings
 from cluster.gateway.status import StatusSource
@@ -49,11 +50,13 @@ from cluster.gateway.submit import (
     render_chat,
 )
 from cluster.gateway.threads import Threads, run_in
-from cluster.gateway.tokenize import TextTokenizer
-from cluster.gateway.tracing import Trace, Tracing
+from cluster.gateway.tokenizer import TextTokenizer
+from cluster.gateway.tracing import NO_TRACING, Trace, Tracing
 from cluster.metrics import RESUMED, WORKER_LOST, CountCollector, EngineCollector, GatewayMetrics, GenerationTimer
+from cluster.protocol import Submit
 
 Headers = dict[str, str]
+Asked = tuple[RequestModel, GenerationRequest]  # in its dialect's own words, and as a generation
 INLINE_BYTES = 256 * 1024  # a larger body is parsed off the event loop
 INLINE_CHARS = 4096  # a longer text is tokenised off the event loop
 TEMPLATE_SLACK_S = 1.0  # for a thread to be free; the template's own bound comes first, mostly
@@ -64,16 +67,44 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Work(Generic[Checked]):
-    """A request that is no generation, while it is worked on."""
+    """A request while it is worked on."""
 
     asked: Checked
     place: Place
     held: ExitStack  # what is entered here ends with the request
-    deadline: float  # time.perf_counter() seconds
+    trace: Trace
+    arrival: float  # time.perf_counter() seconds
+    timeout_s: float  # from then on
 
     @property
     def time_left(self) -> float:
-        return max(0.0, self.deadline - time.perf_counter())
+        """Seconds. Raises `DeadlineError` where there are none."""
+        left = self.arrival + self.timeout_s - time.perf_counter()
+        if left <= 0:
+            raise _too_late(self.timeout_s)
+        return left
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """What was predicted of a generation that may run; None: it waits for a worker."""
+
+    prediction: Prediction | None = None  # of its first sequence, from its being sent
+    predicted_s: float | None = None  # the same from its arrival
+
+    @property
+    def headers(self) -> Headers:
+        return {} if self.predicted_s is None else {PREDICTED_TTFT_HEADER: f"{self.predicted_s * 1e3:.3f}"}
+
+
+@dataclass(frozen=True, slots=True)
+class StartedStream:
+    """A streamed reply of which the first outputs are there, so that an early error has a status."""
+
+    generation: Generation
+    events: Events
+    first: Batch
+    headers: Headers
 
 
 class Gateway:
@@ -138,32 +169,11 @@ class Gateway:
     async def reply(self, request: Request, dialect: Dialect[Any]) -> Response:
         """Answer one generation request. Raises `ForetokenError`s."""
         try:
-            return await self._reply(request, dialect)
+            return await self._serve(
+                request, partial(_check, form=dialect), partial(self._generate, dialect), is_traced=True
+            )
         except ForetokenError as error:
             raise dialect.in_its_words(error) from None
-
-    async def _reply(self, request: Request, dialect: Dialect[Any]) -> Response:
-        arrival = time.perf_counter()
-        try:
-            with ExitStack() as held:
-                trace = held.enter_context(self.tracing.request(request.method, request.url.path, request.headers))
-                place = held.enter_context(self.place(request))
-                asked, checked = await self._read(request, dialect, place)
-                work = self._generate(dialect, asked, checked, place, held, arrival, trace)
-                try:
-                    started = await until_disconnect(request.receive, work)
-                except asyncio.CancelledError:
-                    place.check()
-                    raise
-                if isinstance(started, Response):
-                    return started
-                generation, events, first, headers = started
-                return EventStream(generation, events, first, held.pop_all(), self.settings.send_timeout_s, headers)
-        except ClientDisconnected as error:
-            return error_response(error, request.scope)
-        except ClientDisconnect:
-            gone = ClientDisconnected("the connection ended before the whole body had come")
-            return error_response(gone, request.scope)
 
     def responses(self, request: Request) -> Responses:
         """The Responses API as the tenant of a request has it."""
@@ -175,7 +185,7 @@ class Gateway:
     async def count_tokens(self, request: Request, form: RequestForm[Any]) -> Response:
         """Tell the tokens of the prompt that a request of such a form makes. Raises `ForetokenError`s."""
 
-        async def count(work: Work[tuple[RequestModel, GenerationRequest]]) -> Response:
+        async def count(work: Work[Asked]) -> Response:
             texts, _ = await self._encode(self._checked(work.asked[1], work.place), sys.maxsize)
             return JSONBytes({"input_tokens": sum(len(prompt.ids) for prompt in texts.prompts)})
 
@@ -189,30 +199,62 @@ class Gateway:
         request: Request,
         check: Callable[[bytes], Checked],
         answer: Callable[[Work[Checked]], Coroutine[Any, Any, Response]],
+        *,
+        is_traced: bool = False,
     ) -> Response:
         """Answer a request that is no generation: `check` reads its body, `answer` does the rest.
 
-        It ends when the client leaves, and after `request_timeout_s`. Raises `ForetokenError`s.
+        It ends when the client leaves, and after `request_timeout_s`. `is_traced`: it is work for workers. Raises
+        `ForetokenError`s.
         """
-        deadline = time.perf_counter() + self.settings.request_timeout_s
+
+        async def timed(work: Work[Checked]) -> Response:
+            try:
+                async with asyncio.timeout(work.time_left):
+                    return await answer(work)
+            except TimeoutError:
+                raise _too_late(work.timeout_s) from None
+
+        return await self._serve(request, check, timed, is_traced=is_traced)
+
+    async def _serve(
+        self,
+        request: Request,
+        check: Callable[[bytes], Checked],
+        start: Callable[[Work[Checked]], Coroutine[Any, Any, Response | StartedStream]],
+        *,
+        is_traced: bool,
+    ) -> Response:
+        """Find a place for a request, read its body and let `start` answer it, while the client is there."""
+        arrival = time.perf_counter()
         try:
             with ExitStack() as held:
+                tracing = self.tracing if is_traced else NO_TRACING
+                trace = tracing.request(request.method, request.url.path, request.headers, arrival)
+                held.enter_context(trace)
                 place = held.enter_context(self.place(request))
                 asked = await self._read_body(request, place, check)
-                work = Work(asked, place, held, deadline)
+                work = Work(asked, place, held, trace, arrival, self.settings.request_timeout_s)
 
-                async def timed() -> Response:
+                async def begun() -> Response | StartedStream:
                     place.begin()
-                    async with asyncio.timeout(work.time_left):
-                        return await answer(work)
+                    return await start(work)
 
                 try:
-                    return await until_disconnect(request.receive, timed())
+                    started = await until_disconnect(request.receive, begun())
                 except asyncio.CancelledError:
                     place.check()
                     raise
-        except TimeoutError:
-            raise self._too_late() from None
+                if isinstance(started, Response):
+                    return started
+                return EventStream(
+                    started.generation,
+                    started.events,
+                    started.first,
+                    held.pop_all(),
+                    self.settings.send_timeout_s,
+                    started.headers,
+                )
         except ClientDisconnected as error:
             return error_response(error, request.scope)
         except ClientDisconnect:
@@ -222,12 +264,6 @@ class Gateway:
     def place(self, request: Request) -> AbstractContextManager[Place]:
         """A request's place among the open ones, while the context lasts. Raises `UnavailableError`s."""
         return self.admission.slot(request.state.request_id, tenant_of(request.scope))
-
-    async def _read(
-        self, request: Request, form: RequestForm[Any], place: Place
-    ) -> tuple[RequestModel, GenerationRequest]:
-        asked, checked = await self._read_body(request, place, partial(_check, form=form))
-        return asked, self._checked(checked, place)
 
     async def _read_body(self, request: Request, place: Place, check: Callable[[bytes], Checked]) -> Checked:
         """What `check` makes of a body."""
@@ -257,26 +293,18 @@ class Gateway:
         is_shared = not place.tenant or self.settings.share_prefix_cache
         return cache_salt if is_shared else tenants_salt(place.tenant, cache_salt)
 
-    async def _generate(
-        self,
-        dialect: Dialect[Any],
-        asked: RequestModel,
-        request: GenerationRequest,
-        place: Place,
-        held: ExitStack,
-        arrival: float,
-        trace: Trace,
-    ) -> Response | tuple[Generation, Events, Batch, Headers]:
-        """A whole reply, or the beginning of a streamed one: its first outputs, so that an early error has a status."""
-        place.begin()
-        hello = await self.pool.ready(self._time_left(arrival))
+    async def _generate(self, dialect: Dialect[Any], work: Work[Asked]) -> Response | StartedStream:
+        """A whole reply, or the beginning of a streamed one."""
+        asked, unchecked = work.asked
+        request = self._checked(unchecked, work.place)
+        hello = await self.pool.ready(work.time_left)
         try:
-            async with asyncio.timeout(self._time_left(arrival)):
+            async with asyncio.timeout(work.time_left):
                 texts, shape = await self._encode(request, hello.max_model_len)
         except TimeoutError:
-            raise self._too_late() from None
+            raise _too_late(work.timeout_s) from None
         reply_id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
-        timeout_s = self._time_left(arrival)
+        timeout_s = work.time_left
         submits = make_submits(
             request,
             texts,
@@ -285,60 +313,71 @@ class Gateway:
             settings=self.settings,
             timeout_s=timeout_s,
             shape=shape,
-            traceparent=trace.traceparent,
+            traceparent=work.trace.traceparent,
         )
+        admitted = self._admit(submits, work.arrival)
         job = Job(
-            reply_id,
-            int(time.time()),
-            self.settings.served_name,
-            request,
-            texts.prompts,
-            submits,
-            asked,
-            shape.make_parser,
-            place.request_id,
+            reply_id=reply_id,
+            created=int(time.time()),
+            model=self.settings.served_name,
+            request=request,
+            prompts=texts.prompts,
+            submits=submits,
+            asked=asked,
+            make_parser=shape.make_parser,
+            request_id=work.place.request_id,
         )
-        self.metrics.prompt_tokens.observe(job.num_prompt_tokens)
-        prediction = self.pool.predict(submits[0])
-        headers, predicted_s = {}, None
-        if prediction is not None:
-            if self.settings.max_ttft_s is not None:
-                check_ttft(prediction, self.settings.max_ttft_s)
-            predicted_s = time.perf_counter() - arrival + prediction.ttft_s
-            headers[PREDICTED_TTFT] = f"{predicted_s * 1e3:.3f}"
-        timer = GenerationTimer(self.metrics, arrival=arrival, num_choices=len(submits), predicted_s=predicted_s)
-        trace.asked(job, predicted_s)
-        recent = RecentTimer(self.recent, arrival=arrival, num_choices=len(submits))
-        generation = held.enter_context(
-            self.pool.submit(
-                submits, timeout_s=timeout_s, observer=Observers((timer, trace, recent)), prediction=prediction
-            )
+        observer = self._observe(job, work, admitted.predicted_s)
+        generation = work.held.enter_context(
+            self.pool.submit(submits, timeout_s=timeout_s, observer=observer, prediction=admitted.prediction)
         )
         generation.grammar_field = shape.grammar_field
-        place.run(generation, job.num_prompt_tokens)
+        work.place.run(generation, job.num_prompt_tokens)
         if not request.stream:
             choices, usage = await read_all(generation, job)
-            return JSONBytes(dialect.body(job, choices, usage), headers=headers)
-        return generation, dialect.events(job), await generation.read(), headers
+            return JSONBytes(dialect.body(job, choices, usage), headers=admitted.headers)
+        return StartedStream(generation, dialect.events(job), await generation.read(), admitted.headers)
 
-    def _time_left(self, arrival: float) -> float:
-        left = arrival + self.settings.request_timeout_s - time.perf_counter()
-        if left <= 0:
-            raise self._too_late()
-        return left
+    def _admit(self, submits: Sequence[Submit], arrival: float) -> Admitted:
+        """Let a generation run, or raise `OverloadedError` where one of its sequences would wait for too long.
 
-    def _too_late(self) -> DeadlineError:
-        return DeadlineError(f"the request took longer than {self.settings.request_timeout_s:g} s")
+        The reply's header is about its first sequence, the bound about the last of them.
+        """
+        self.check_wait(submits)
+        prediction = self.pool.predict(submits[:1])
+        if prediction is None:
+            return Admitted()
+        return Admitted(prediction, time.perf_counter() - arrival + prediction.ttft_s)
+
+    def check_wait(self, submits: Sequence[Submit]) -> None:
+        """Raise `OverloadedError` where sequences would wait for their first tokens for longer than `max_ttft_s`."""
+        if self.settings.max_ttft_s is not None and (prediction := self.pool.predict(submits)) is not None:
+            check_ttft(prediction, self.settings.max_ttft_s)
+
+    def _observe(self, job: Job, work: Work[Asked], predicted_s: float | None) -> Observers:
+        """Count what goes to the workers now, and tell who observes what becomes of it."""
+        self.metrics.prompt_tokens.observe(job.num_prompt_tokens)
+        work.trace.generates(job, predicted_s)
+        work.trace.sent()
+        timer = GenerationTimer(
+            self.metrics,
+            arrival=work.arrival,
+            num_choices=len(job.submits),
+            predicted_s=predicted_s,
+            tell_ttft=self.recent.ttft.observe,
+            tell_itl=self.recent.itl.observe,
+        )
+        return Observers((timer, work.trace))
 
     async def _encode(self, request: GenerationRequest, max_model_len: int) -> tuple[Texts, ReplyShape]:
         chat_text = await self.render(request) if isinstance(request, ChatCompletionRequest) else None
         check_lengths(request, self.tokenizer, chat_text, max_model_len)
 
-        def work() -> tuple[Texts, ReplyShape]:
+        def encoded() -> tuple[Texts, ReplyShape]:
             texts = encode(request, self.tokenizer, chat_text, max_model_len)
             return texts, self.reply_format.of(request, chat_text)
 
-        return await self.with_text(num_chars(request, chat_text), work)
+        return await self.with_text(num_chars(request, chat_text), encoded)
 
     async def render(self, request: ChatCompletionRequest) -> str:
         """The text of a chat's prompt. Raises `RequestError`s."""
@@ -351,15 +390,25 @@ class Gateway:
                 f"the chat template took longer than {limit_s:g} s for these messages", param="messages"
             ) from None
 
-    async def with_text(self, num_chars: int, work: Callable[[], Result]) -> Result:
-        """The result of `work`, which (de)tokenises so much text: off the event loop where that is long."""
-        return work() if num_chars <= INLINE_CHARS else await run_in(self._threads.texts(num_chars), work)
+    async def with_text(self, num_chars: int, convert: Callable[[], Result]) -> Result:
+        """The result of `convert`, which (de)tokenises so much text: off the event loop where that is long."""
+        return convert() if num_chars <= INLINE_CHARS else await run_in(self._threads.texts(num_chars), convert)
+
+
+def gateway_of(request: Request) -> Gateway:
+    """The gateway of the application that a request came to."""
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+def _too_late(timeout_s: float) -> DeadlineError:
+    return DeadlineError(f"the request took longer than {timeout_s:g} s")
 
 
 def model_not_found(asked: str, served: str) -> ModelNotFoundError:
     return ModelNotFoundError(f"the model {asked!r:.200} is not served here; {served!r} is", param="model")
 
 
-def _check(body: bytes, form: RequestForm[Any]) -> tuple[RequestModel, GenerationRequest]:
+def _check(body: bytes, form: RequestForm[Any]) -> Asked:
     asked = validate(form.request_type, parse_object(body))
     return asked, form.generation(asked)

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from cluster.errors import InvalidValueError, RequestError, ResponseNotFoundError, UnsupportedFieldError
 from cluster.gateway.replies import JSONBytes
 from cluster.gateway.response_store import StoredResponse, TenantResponses
+from cluster.gateway.service import gateway_of
 
 MAX_LISTED = 100
 DEFAULT_LISTED = 20
@@ -16,8 +17,7 @@ router = APIRouter()
 
 
 def _kept(request: Request) -> TenantResponses:
-    kept: TenantResponses = request.app.state.gateway.responses_of(request)
-    return kept
+    return gateway_of(request).responses_of(request)
 
 
 def _find(request: Request, response_id: str) -> StoredResponse:

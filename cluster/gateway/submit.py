@@ -14,7 +14,7 @@ from cluster.gateway.fields import RequestModel
 from cluster.gateway.openai import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from cluster.gateway.parsing.reply_format import ReplyShape
 from cluster.gateway.settings import GatewaySettings
-from cluster.gateway.tokenize import TextTokenizer
+from cluster.gateway.tokenizer import TextTokenizer
 from cluster.protocol import Hello, Sampling, Stopping, Submit
 
 

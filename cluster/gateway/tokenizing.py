@@ -14,7 +14,7 @@ from cluster.gateway.limits import parse_object
 from cluster.gateway.openai import MAX_MESSAGES, ChatCompletionRequest, ChatMessage, TokenId
 from cluster.gateway.openai_tools import Tools
 from cluster.gateway.replies import JSONBytes
-from cluster.gateway.service import Gateway, Work
+from cluster.gateway.service import Gateway, Work, gateway_of
 
 router = APIRouter()
 
@@ -69,12 +69,12 @@ class DetokenizeRequest(RequestModel):
 @router.post("/v1/tokenize")
 async def tokenize(request: Request) -> Response:
     """The tokens of a text, or of a chat's prompt."""
-    gateway: Gateway = request.app.state.gateway
+    gateway = gateway_of(request)
 
-    async def work(work: Work[TokenizeRequest]) -> Response:
+    async def tell_tokens(work: Work[TokenizeRequest]) -> Response:
         return JSONBytes(await _tokenize(gateway, work.asked))
 
-    return await gateway.answer(request, lambda body: validate(TokenizeRequest, parse_object(body)), work)
+    return await gateway.answer(request, lambda body: validate(TokenizeRequest, parse_object(body)), tell_tokens)
 
 
 async def _tokenize(gateway: Gateway, asked: TokenizeRequest) -> dict[str, Any]:
@@ -86,7 +86,7 @@ async def _tokenize(gateway: Gateway, asked: TokenizeRequest) -> dict[str, Any]:
     special = (chat is None) if asked.add_special_tokens is None else asked.add_special_tokens
     tokenizer, hello = gateway.tokenizer, gateway.pool.hello
 
-    def work() -> dict[str, Any]:
+    def told() -> dict[str, Any]:
         ids = tokenizer.encode(text, special_tokens=special)
         return {
             "count": len(ids),
@@ -95,16 +95,16 @@ async def _tokenize(gateway: Gateway, asked: TokenizeRequest) -> dict[str, Any]:
             "token_strs": [tokenizer.token(token_id) for token_id in ids] if asked.return_token_strs else None,
         }
 
-    return await gateway.with_text(len(text), work)
+    return await gateway.with_text(len(text), told)
 
 
 @router.post("/detokenize")
 @router.post("/v1/detokenize")
 async def detokenize(request: Request) -> Response:
     """The text that tokens stand for, special ones among them."""
-    gateway: Gateway = request.app.state.gateway
+    gateway = gateway_of(request)
 
-    async def work(work: Work[DetokenizeRequest]) -> Response:
+    async def tell_text(work: Work[DetokenizeRequest]) -> Response:
         gateway.check_model(work.asked.model)
         ids, tokenizer = work.asked.tokens, gateway.tokenizer
 
@@ -116,4 +116,4 @@ async def detokenize(request: Request) -> Response:
 
         return JSONBytes({"prompt": await gateway.with_text(len(ids), text)})
 
-    return await gateway.answer(request, lambda body: validate(DetokenizeRequest, parse_object(body)), work)
+    return await gateway.answer(request, lambda body: validate(DetokenizeRequest, parse_object(body)), tell_text)

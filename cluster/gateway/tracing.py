@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError, ForetokenError
+from cluster.gateway.generation import Unobserved
 from cluster.gateway.openai import ChatCompletionRequest
 from cluster.gateway.submit import Job
 
@@ -30,7 +31,7 @@ FLUSH_S = 3.0  # for the last spans, at the end
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
-class Trace:
+class Trace(Unobserved):
     """What is told of one request, from its beginning to its end. This one is for requests that nobody traces."""
 
     def __init__(self, traceparent: str = "") -> None:
@@ -43,22 +44,21 @@ class Trace:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def asked(self, job: Job, predicted_s: float | None) -> None:
-        """It goes to a worker now. `predicted_s`: from its arrival to its first token."""
+    def generates(self, job: Job, predicted_s: float | None) -> None:
+        """What it asks for. `predicted_s`: from its arrival to its first token."""
 
-    def began(self, choice: int, queue_s: float, prefill_s: float) -> None: ...
+    def embeds(self, model: str, reply_id: str, num_tokens: int, encoding_format: str, request_id: str) -> None:
+        """What it asks for, of inputs that have `num_tokens` together."""
 
-    def tokens(self, choice: int, num_tokens: int) -> None: ...
-
-    def finished(self, choice: int, reason: str) -> None: ...
-
-    def aborted(self, reason: str) -> None: ...
+    def sent(self) -> None:
+        """Sequences of it go to workers now."""
 
 
 class Tracing:
     """Makes a `Trace` of each request; this one makes none that is kept."""
 
-    def request(self, method: str, path: str, headers: Mapping[str, str]) -> Trace:
+    def request(self, method: str, path: str, headers: Mapping[str, str], arrival: float) -> Trace:
+        """`arrival`: of the request, in `time.perf_counter()` seconds."""
         given = headers.get("traceparent", "")
         return Trace(given if _TRACEPARENT.fullmatch(given) else "")
 
@@ -79,17 +79,20 @@ class OpenTelemetry(Tracing):
         self._tracer = provider.get_tracer("foretoken")
         self._propagator = TraceContextTextMapPropagator()
 
-    def request(self, method: str, path: str, headers: Mapping[str, str]) -> Trace:
+    def request(self, method: str, path: str, headers: Mapping[str, str], arrival: float) -> Trace:
         from opentelemetry import trace
 
         parent = self._propagator.extract(
             {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
         )
         attributes = {"http.request.method": method, "url.path": path}
-        span = self._tracer.start_span(f"{method} {path}", parent, trace.SpanKind.SERVER, attributes)
+        clock = _Clock()
+        span = self._tracer.start_span(
+            f"{method} {path}", parent, trace.SpanKind.SERVER, attributes, start_time=clock.unix_ns(arrival)
+        )
         carrier: dict[str, str] = {}
         self._propagator.inject(carrier, trace.set_span_in_context(span, parent))
-        return _SpanTrace(self._tracer, span, carrier.get("traceparent", ""))
+        return _SpanTrace(self._tracer, span, carrier.get("traceparent", ""), arrival, clock)
 
     async def close(self) -> None:
         """A receiver that does not answer is waited for no longer than `FLUSH_S`."""
@@ -109,24 +112,38 @@ class OpenTelemetry(Tracing):
                 await done.wait()
 
 
-class _SpanTrace(Trace):
-    """A request's spans. Times are UNIX nanoseconds."""
+class _Clock:
+    """Tells `time.perf_counter()` seconds as UNIX nanoseconds, by one look at both clocks."""
 
-    def __init__(self, tracer: Any, span: Any, traceparent: str) -> None:
+    def __init__(self) -> None:
+        self._offset_ns = time.time_ns() - time.perf_counter_ns()
+
+    def unix_ns(self, seconds: float) -> int:
+        return self._offset_ns + int(seconds * 1e9)
+
+
+class _SpanTrace(Trace):
+    """A request's spans. Times are `time.perf_counter()` seconds."""
+
+    def __init__(self, tracer: Any, span: Any, traceparent: str, arrival: float, clock: _Clock) -> None:
         from opentelemetry import trace
 
         super().__init__(traceparent)
         self._tracer = tracer
         self._span = span
         self._context = trace.set_span_in_context(span)
-        self._arrival = self._sent = time.time_ns()
-        self._first: dict[int, int] = {}  # by choice: when its first output was here
+        self._clock = clock
+        self._arrival = self._sent = arrival
+        self._first: dict[int, float] = {}  # of choices that run: when their first output was here
+        self._has_begun = False  # any choice
         self._num_tokens = 0
         self._reasons: list[str] = []
         self._error = ""
 
-    def asked(self, job: Job, predicted_s: float | None) -> None:
-        self._sent = time.time_ns()
+    def sent(self) -> None:
+        self._sent = time.perf_counter()
+
+    def generates(self, job: Job, predicted_s: float | None) -> None:
         request = job.request
         operation = "chat" if isinstance(request, ChatCompletionRequest) else "text_completion"
         self._span.update_name(f"{operation} {job.model}")
@@ -150,46 +167,61 @@ class _SpanTrace(Trace):
         }
         self._span.set_attributes({name: value for name, value in attributes.items() if value is not None})
 
+    def embeds(self, model: str, reply_id: str, num_tokens: int, encoding_format: str, request_id: str) -> None:
+        self._span.update_name(f"embeddings {model}")
+        self._span.set_attributes(
+            {
+                "gen_ai.operation.name": "embeddings",
+                "gen_ai.provider.name": PROVIDER,
+                "gen_ai.request.model": model,
+                "gen_ai.response.model": model,
+                "gen_ai.response.id": reply_id,
+                "gen_ai.request.encoding_formats": [encoding_format],
+                "gen_ai.usage.input_tokens": num_tokens,
+                "foretoken.request_id": request_id,
+            }
+        )
+
     def began(self, choice: int, queue_s: float, prefill_s: float) -> None:
-        now = time.time_ns()
-        if not self._first:
+        now = time.perf_counter()
+        if not self._has_begun:
+            self._has_begun = True
             self._span.set_attributes(
-                {
-                    "gen_ai.latency.time_in_queue": queue_s,
-                    "gen_ai.latency.time_in_model_prefill": prefill_s,
-                    "gen_ai.latency.time_to_first_token": (now - self._arrival) / 1e9,
-                }
+                {"gen_ai.latency.time_in_queue": queue_s, "gen_ai.latency.time_in_model_prefill": prefill_s}
             )
-        scheduled = max(self._sent, now - int(prefill_s * 1e9))
+        scheduled = max(self._sent, now - prefill_s)
         self._child("queue", choice, self._sent, scheduled)
         self._child("prefill", choice, scheduled, now)
         self._first[choice] = now
 
     def tokens(self, choice: int, num_tokens: int) -> None:
+        if not self._num_tokens:
+            ttft_s = time.perf_counter() - self._arrival
+            self._span.set_attribute("gen_ai.latency.time_to_first_token", ttft_s)
         self._num_tokens += num_tokens
 
     def finished(self, choice: int, reason: str) -> None:
         self._reasons.append(reason)
         if (first := self._first.pop(choice, None)) is not None:
-            now = time.time_ns()
+            now = time.perf_counter()
             if len(self._reasons) == 1:
-                self._span.set_attribute("gen_ai.latency.time_in_model_decode", (now - first) / 1e9)
+                self._span.set_attribute("gen_ai.latency.time_in_model_decode", now - first)
             self._child("decode", choice, first, now)
 
-    def aborted(self, reason: str) -> None:
+    def aborted(self, choice: int, reason: str) -> None:
         self._error = reason
-        now = time.time_ns()
-        for choice, first in self._first.items():
-            self._child("decode", choice, first, now, error=reason)
-        self._first.clear()
+        if (first := self._first.pop(choice, None)) is not None:
+            self._child("decode", choice, first, time.perf_counter(), error=reason)
 
-    def _child(self, name: str, choice: int, start: int, end: int, error: str = "") -> None:
+    def _child(self, name: str, choice: int, start: float, end: float, error: str = "") -> None:
         if choice >= MAX_TRACED_CHOICES:
             return
-        span = self._tracer.start_span(name, self._context, start_time=start, attributes={"foretoken.choice": choice})
+        attributes = {"foretoken.choice": choice}
+        start_ns = self._clock.unix_ns(start)
+        span = self._tracer.start_span(name, self._context, start_time=start_ns, attributes=attributes)
         if error:
             _set_error(span, error)
-        span.end(end)
+        span.end(self._clock.unix_ns(end))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -204,7 +236,7 @@ class _SpanTrace(Trace):
         self._span.set_attribute("gen_ai.usage.output_tokens", self._num_tokens)
         if self._error:
             _set_error(self._span, self._error)
-        self._span.end()
+        self._span.end(self._clock.unix_ns(time.perf_counter()))
 
 
 def _set_error(span: Any, kind: str) -> None:

@@ -8,7 +8,9 @@ prompt tokens before its own, and its own, were computed, as many a step as the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from cluster.protocol import EngineState
 
@@ -80,21 +82,42 @@ class StepCostFit:
             for i, (weight, part) in enumerate(self._prior):
                 matrix[i][i] += weight
                 vector[i] += weight * part
-            self._cost = StepCost(*_non_negative_solution(matrix, vector))
+            self._cost = StepCost(*non_negative_solution(matrix, vector))
         return self._cost
 
 
-def _non_negative_solution(matrix: list[list[float]], vector: list[float]) -> tuple[float, float, float]:
-    """argmin |A x - b| over x >= MIN_COST_S, by coordinate descent on the normal equations (three unknowns)."""
+def non_negative_solution(matrix: list[list[float]], vector: list[float]) -> tuple[float, float, float]:
+    """argmin xᵀAx / 2 - bᵀx over x >= MIN_COST_S, for a positive definite A [3, 3].
+
+    Of the eight sets of parts that may lie above the bound it is the one whose solution has none below it, and whose
+    gradient leads no other part up from it (Karush-Kuhn-Tucker).
+    """
     found = [MIN_COST_S] * 3
-    for _ in range(200):
-        before = (*found,)
-        for i in range(3):
-            rest = vector[i] - sum(matrix[i][j] * found[j] for j in range(3) if j != i)
-            found[i] = max(MIN_COST_S, rest / matrix[i][i])
-        if all(abs(now - then) <= 1e-4 * now for now, then in zip(found, before, strict=True)):
-            break
-    return found[0], found[1], found[2]
+    for size in (3, 2, 1, 0):
+        for free in combinations(range(3), size):
+            found = _solution_of(matrix, vector, free)
+            slopes = [sum(matrix[i][j] * found[j] for j in range(3)) - vector[i] for i in range(3)]
+            if all(found[i] >= MIN_COST_S if i in free else slopes[i] >= 0.0 for i in range(3)):
+                return found[0], found[1], found[2]
+    return tuple(max(MIN_COST_S, part) for part in found)  # type: ignore[return-value]  # rounding alone leads here
+
+
+def _solution_of(matrix: list[list[float]], vector: list[float], free: Sequence[int]) -> list[float]:
+    """The minimum where only `free` parts are not at the bound: Gaussian elimination, which needs no pivots here."""
+    rows = [
+        [matrix[i][j] for j in free] + [vector[i] - sum(matrix[i][j] * MIN_COST_S for j in range(3) if j not in free)]
+        for i in free
+    ]
+    for k, pivot in enumerate(rows):
+        for row in rows[k + 1 :]:
+            factor = row[k] / pivot[k]
+            for j in range(k, len(row)):
+                row[j] -= factor * pivot[j]
+    found = [MIN_COST_S] * 3
+    for k in reversed(range(len(rows))):
+        known = sum(rows[k][j] * found[free[j]] for j in range(k + 1, len(rows)))
+        found[free[k]] = (rows[k][-1] - known) / rows[k][k]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +142,12 @@ class WorkerSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class RequestSize:
-    prompt_tokens: int
+    """What a request brings to one worker: the first token of its last sample is what counts."""
+
+    prompt_tokens: int  # of all its prompts
     cached_tokens: int = 0  # of these, likely to be found in the prefix cache
-    num_samples: int = 1  # the first token of the last of them is what counts
+    num_prompts: int = 1
+    num_samples: int = 1  # of all prompts together
 
 
 def predict_ttft(snapshot: WorkerSnapshot, request: RequestSize) -> float:
@@ -137,8 +163,9 @@ def _running_step_s(snapshot: WorkerSnapshot) -> float:
 
 
 def _to_compute(request: RequestSize) -> int:
-    """At least the last token of a prompt is computed, whatever is cached."""
-    return max(1, request.prompt_tokens - request.cached_tokens) + request.num_samples - 1
+    """At least the last token of a prompt is computed, whatever is cached, and once more for each further sample."""
+    fresh = max(request.num_prompts, request.prompt_tokens - request.cached_tokens)
+    return fresh + max(0, request.num_samples - request.num_prompts)
 
 
 def _prompt_s(snapshot: WorkerSnapshot, num_tokens: int) -> float:
@@ -150,19 +177,23 @@ def _prompt_s(snapshot: WorkerSnapshot, num_tokens: int) -> float:
 
 
 def _place_s(snapshot: WorkerSnapshot, request: RequestSize) -> float:
-    """Until a place in the batch and the pages are free.
-
-    Sequences end independently, after `mean_output_tokens` on average: of n that run, one ends every mean / n steps.
-    """
+    """Until a place in the batch and the pages are free."""
+    num_present = snapshot.num_running + snapshot.num_waiting
+    for_places = max(0, num_present + request.num_samples - snapshot.max_num_seqs)
+    places_s = _endings_s(snapshot, for_places, snapshot.max_num_seqs)  # who waits for a place sees a full batch
     running = min(snapshot.num_running, snapshot.max_num_seqs)
     if running == 0:
-        return 0.0
-    num_before = snapshot.num_running + snapshot.num_waiting
-    for_places = max(0, num_before + request.num_samples - snapshot.max_num_seqs)
+        return places_s
     held = (snapshot.pages_total - snapshot.pages_free) / running  # pages that an ending gives back
     wanted = (snapshot.prompt_tokens_ahead + request.prompt_tokens) / max(1, snapshot.page_size) + request.num_samples
     lacking = max(0.0, wanted - snapshot.pages_free)
-    for_pages = lacking / held if held > 0 else 0.0
-    num_endings = max(for_places, for_pages)
+    return max(places_s, _endings_s(snapshot, lacking / held if held > 0 else 0.0, running))
+
+
+def _endings_s(snapshot: WorkerSnapshot, num_endings: float, running: int) -> float:
+    """Until so many of the sequences that run have ended, while as many others begin.
+
+    They end independently, after `mean_output_tokens` on average: of n that run, one ends every mean / n steps.
+    """
     step_s = snapshot.cost.step_s(prompt_tokens=0, sequences=running)
     return num_endings * snapshot.mean_output_tokens / running * step_s

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -92,7 +92,11 @@ class _Clock:
 
 
 class GenerationTimer:
-    """Times the sequences of one request, from its `arrival` (`time.perf_counter()` seconds)."""
+    """Times the sequences of one request, from its `arrival` (`time.perf_counter()` seconds).
+
+    `tell_ttft` and `tell_itl` are told, in seconds, what the histograms are: each sequence's time to its first token
+    and the times between its steps' tokens.
+    """
 
     def __init__(
         self,
@@ -101,9 +105,13 @@ class GenerationTimer:
         arrival: float,
         num_choices: int,
         predicted_s: float | None = None,
+        tell_ttft: Callable[[float], None] | None = None,
+        tell_itl: Callable[[float], None] | None = None,
     ) -> None:
         """`predicted_s`: from the arrival to the first token of all."""
         self._metrics = metrics
+        self._ttft = [metrics.ttft.observe, *([tell_ttft] if tell_ttft else [])]
+        self._itl = [metrics.itl.observe, *([tell_itl] if tell_itl else [])]
         self._arrival = arrival
         self._predicted_s = predicted_s
         self._clocks = [_Clock() for _ in range(num_choices)]
@@ -118,10 +126,12 @@ class GenerationTimer:
     def tokens(self, choice: int, num_tokens: int) -> None:
         now, clock = time.perf_counter(), self._clocks[choice]
         if clock.num_tokens:
-            self._metrics.itl.observe(now - clock.last)
+            for tell in self._itl:
+                tell(now - clock.last)
         else:
             ttft_s = now - self._arrival
-            self._metrics.ttft.observe(ttft_s)
+            for tell in self._ttft:
+                tell(ttft_s)
             if self._predicted_s is not None:
                 self._metrics.prediction_error.observe(abs(self._predicted_s - ttft_s) / ttft_s)
                 self._predicted_s = None
@@ -139,5 +149,5 @@ class GenerationTimer:
         if clock.num_tokens > 1:
             self._metrics.tpot.observe((clock.last - clock.first) / (clock.num_tokens - 1))
 
-    def aborted(self, reason: str) -> None:
+    def aborted(self, choice: int, reason: str) -> None:
         self._metrics.aborted(reason)

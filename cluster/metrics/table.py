@@ -1,7 +1,7 @@
 """Every metric: its name, what it counts, in which unit, its labels, and whether vLLM has it too.
 
-Names follow vLLM's, which routers and dashboards look for, under our own prefix. Shares are fractions of 1.
-``python -m cluster.metrics`` prints `docs/metrics.md`.
+Names follow vLLM's, which routers and dashboards look for, under our own prefix. Shares are fractions of 1; a ratio may
+be over it. ``python -m cluster.metrics`` prints `docs/metrics.md`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ REQUEST_BUCKETS_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0,
 QUEUE_BUCKETS_S = (0.001, 0.005, 0.02, *REQUEST_BUCKETS_S)
 COUNT_BUCKETS = tuple(float(2**power) for power in range(0, 21, 2))
 STEP_BUCKETS = tuple(map(float, STEP_TOKEN_BOUNDS))
+FULL_KV = 0.9  # share of the KV pages in use that counts as saturated
 RATIO_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
 INTRODUCTION = f"""# Metrics
 
 What `GET /metrics` says, made by `python -m cluster.metrics`. Every metric has the label `model_name`; what workers
 tell is there once one was. With `--vllm-metrics` those that vLLM has are there under its names as well: the same
-behind `{VLLM_PREFIX}`, with its label `engine`. A share is a fraction of 1.
+behind `{VLLM_PREFIX}`, with its label `engine`. A share is a fraction of 1, a ratio may be
+over it.
 """
 Kind = Literal["counter", "gauge", "histogram"]
-Unit = Literal["", "seconds", "tokens", "pages", "share"]
+Unit = Literal["", "seconds", "tokens", "pages", "share", "ratio"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,25 +72,33 @@ def _histogram(name: str, text: str, buckets: tuple[float, ...], unit: Unit = "s
     return Spec(name, "histogram", unit, text, (), buckets, vllm)
 
 
-# what the gateway sees of its requests; a sample of `n` counts as a request of its own, as in vLLM
+# what the gateway sees of its requests; a sample of `n` counts as one of its own, as in vLLM, also where it is aborted
 HTTP_REQUESTS = _counter("http_requests", "HTTP requests answered", "method", "route", "status")
 OPEN_REQUESTS = _gauge("http_open_requests", "Generation requests being served or waiting")
 ERRORS = _counter("request_errors", "Requests refused or failed, by error code", "code")
 FINISHED = _counter("request_success", "Sequences finished, by reason", "finished_reason", vllm=True)
-ABORTED = _counter("requests_aborted", "Requests ended early, by cause", "reason")
+ABORTED = _counter("requests_aborted", "Sequences ended early, by cause", "reason")
 TTFT = _histogram("time_to_first_token_seconds", "Arrival to first token", TTFT_BUCKETS_S)
-PREDICTED_TTFT = _histogram("predicted_ttft_seconds", "The same as predicted", TTFT_BUCKETS_S, vllm=False)
-PREDICTION_ERROR = _histogram(
-    "ttft_prediction_error_ratio", "|predicted - real| / real time to first token", RATIO_BUCKETS, "share", vllm=False
+PREDICTED_TTFT = _histogram(
+    "predicted_ttft_seconds", "Arrival to first token, as predicted", TTFT_BUCKETS_S, vllm=False
 )
-ITL = _histogram("inter_token_latency_seconds", "Between two steps' tokens", TOKEN_BUCKETS_S)
+PREDICTION_ERROR = _histogram(
+    "ttft_prediction_error_ratio", "|predicted - real| / real time to first token", RATIO_BUCKETS, "ratio", vllm=False
+)
+ITL = _histogram("inter_token_latency_seconds", "Time between two steps' tokens of a sequence", TOKEN_BUCKETS_S)
 TPOT = _histogram(
     "request_time_per_output_token_seconds", "A sequence's mean time per token after its first", TOKEN_BUCKETS_S
 )
 E2E = _histogram("e2e_request_latency_seconds", "Arrival to last token", REQUEST_BUCKETS_S)
-QUEUE_TIME = _histogram("request_queue_time_seconds", "A sequence's wait at its worker", QUEUE_BUCKETS_S)
-PREFILL_TIME = _histogram("request_prefill_time_seconds", "From its first step to its first token", QUEUE_BUCKETS_S)
-DECODE_TIME = _histogram("request_decode_time_seconds", "From its first token to its last", REQUEST_BUCKETS_S)
+QUEUE_TIME = _histogram(
+    "request_queue_time_seconds", "A sequence's wait at its worker for its first step", QUEUE_BUCKETS_S
+)
+PREFILL_TIME = _histogram(
+    "request_prefill_time_seconds", "A sequence's time from its first step to its first token", QUEUE_BUCKETS_S
+)
+DECODE_TIME = _histogram(
+    "request_decode_time_seconds", "A sequence's time from its first token to its last", REQUEST_BUCKETS_S
+)
 PROMPT_TOKENS = _histogram("request_prompt_tokens", "Prompt tokens of a request", COUNT_BUCKETS, "tokens")
 GENERATED_TOKENS = _histogram("request_generation_tokens", "Tokens of a finished sequence", COUNT_BUCKETS, "tokens")
 REQUEST_METRICS = (
@@ -101,16 +111,20 @@ WORKER_UP = _gauge("worker_up", "Workers that are connected")
 WORKER_CONNECTIONS = _gauge("worker_connections", "Connections made to workers since the start")
 WORKER_LOST = _counter("worker_lost", "Connections to workers that broke")
 RESUMED = _counter("requests_resumed", "Sequences that went on after a worker was lost")
-SATURATION = _gauge(
-    "saturation",
-    "The workers' mean; of each the largest of: running / max_num_seqs, KV pages in use / 0.9, and the time until what "
-    "waits has its first token / max_ttft_s where that is set",
+_SATURATION_PARTS = (
+    f"the largest of running / max_num_seqs, KV pages in use / {FULL_KV:g}, and the time until what waits has its "
+    "first token / max_ttft_s where that is set"
 )
-WORKER_SATURATION = _gauge("worker_saturation", f"{SATURATION.name} (each worker)", "worker")
+SATURATION = _gauge(
+    "saturation", f"How near the workers are to what they can do (1: there): the mean over them of {_SATURATION_PARTS}"
+)
+WORKER_SATURATION = _gauge(
+    "worker_saturation", f"How near a worker is to what it can do (1: there): {_SATURATION_PARTS}", "worker"
+)
 STARTUP_TIME = _gauge("startup_time_seconds", "From a worker's start until it served", "worker", unit="seconds")
 CACHE_CONFIG = _gauge(
-    "cache_config_info", "1; pages are called blocks", "block_size", "cache_dtype", "enable_prefix_caching",
-    "num_gpu_blocks", vllm=True,
+    "cache_config_info", "Always 1: the labels say how the KV caches are set up, whose pages are called blocks",
+    "block_size", "cache_dtype", "enable_prefix_caching", "num_gpu_blocks", vllm=True,
 )  # fmt: skip
 WORKERS_METRICS = (
     WORKER_UP, WORKER_CONNECTIONS, WORKER_LOST, RESUMED, SATURATION, WORKER_SATURATION, STARTUP_TIME, CACHE_CONFIG,
@@ -131,11 +145,11 @@ ENGINE_METRICS = (
         lambda state: state.num_waiting + state.num_compiling,
     ),
     EngineSpec(
-        _gauge("num_grammar_queue_reqs", "Of these, sequences whose grammar is being compiled"),
+        _gauge("num_grammar_queue_reqs", "Waiting sequences whose grammar is being compiled"),
         lambda state: state.num_compiling,
     ),
     EngineSpec(
-        _gauge("prompt_tokens_ahead", "Prompt tokens of all that is there, not computed yet", unit="tokens"),
+        _gauge("prompt_tokens_ahead", "Prompt tokens not computed yet, of all sequences", unit="tokens"),
         lambda state: state.prompt_tokens_ahead,
     ),
     EngineSpec(_gauge("kv_cache_usage_perc", "KV pages in use (1: all)", unit="share", vllm=True), kv_usage),
@@ -149,7 +163,7 @@ ENGINE_METRICS = (
         lambda state: state.generated_tokens,
     ),
     EngineSpec(
-        _counter("prefix_cache_queries", "Prompt tokens looked up", unit="tokens", vllm=True),
+        _counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", unit="tokens", vllm=True),
         lambda state: state.queried_tokens,
     ),
     EngineSpec(
@@ -159,8 +173,11 @@ ENGINE_METRICS = (
     EngineSpec(
         _counter("num_preemptions", "Sequences that gave up their pages", vllm=True), lambda state: state.preemptions
     ),
-    EngineSpec(_counter("engine_steps", "Steps"), lambda state: state.steps),
-    EngineSpec(_counter("engine_sequence_steps", "Sequences of all steps"), lambda state: state.sequence_steps),
+    EngineSpec(_counter("engine_steps", "Steps of the engines"), lambda state: state.steps),
+    EngineSpec(
+        _counter("engine_sequence_steps", "Sequences in each step, added up over all steps"),
+        lambda state: state.sequence_steps,
+    ),
     EngineSpec(
         _counter("engine_forward_seconds", "Time inside the model", unit="seconds"), lambda state: state.forward_s
     ),

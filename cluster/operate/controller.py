@@ -24,6 +24,7 @@ from cluster.control.topology import Node
 from cluster.errors import ConfigError, UnavailableError
 from cluster.event_loop import loop_factory
 from cluster.machine import this_machine
+from cluster.operate.parent import stop_with_stdin
 from cluster.operate.pulse import Pulse
 from cluster.serve import EXIT_AT_ONCE, on_signals
 from cluster.store import open_store
@@ -41,7 +42,8 @@ def hung_after_s(settings: Settings) -> float:
 
 
 def run(settings: Settings, pods: bool = False, folder: Path | None = None) -> int:
-    """Lead until SIGTERM or SIGINT, which ends the workers as well unless they are pods; returns the exit code.
+    """Lead until SIGTERM or SIGINT, which ends the workers as well unless they are pods; returns the exit code. The end
+    of a pipe at standard input is like SIGTERM.
 
     In `folder` it keeps a pulse, by which others see that it hangs. Unless workers are pods, which do not end for want
     of a controller, it also leaves there what the next one needs to hold them while the store is away. Raises
@@ -66,6 +68,8 @@ async def _lead(
 ) -> int:
     stop = asyncio.Event()
     on_signals(stop, lambda: os._exit(EXIT_AT_ONCE))
+    if not pods:
+        stop_with_stdin(stop)  # without who started it nobody could use what it leads
     store = open_store(store_url.get_secret_value(), namespace=settings.cluster_name)
     launcher: Launcher = PodLauncher(store) if pods else RayLauncher(settings)
     nodes = asyncio.create_task(_nodes(launcher))  # the bridge to Ray takes as long to start as a model to be read

@@ -7,12 +7,9 @@ pipe also with that: whoever held the other end is gone.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
-import stat
-import threading
 import time
 
 from cluster import logs
@@ -23,13 +20,12 @@ from cluster.event_loop import loop_factory
 from cluster.gateway.discovery import WorkerDiscovery
 from cluster.gateway.pool import WorkerPool
 from cluster.gateway.status import StoreStatus
+from cluster.operate.parent import stop_with_stdin
 from cluster.serve import EXIT_AT_ONCE, announce, base_url, listen, on_signals, serve_http, with_keys
 from cluster.store import open_store
 from cluster.store.base import Store
 
 logger = logging.getLogger(__name__)
-
-STDIN = 0
 
 
 def run(settings: Settings) -> int:
@@ -55,7 +51,7 @@ async def serve(settings: Settings, model: Model, store: Store, listener: socket
     """Run the gateway until the first signal, then let what runs finish."""
     stop = asyncio.Event()
     on_signals(stop, lambda: os._exit(EXIT_AT_ONCE))
-    _stop_with_stdin(stop)
+    stop_with_stdin(stop)
     token = None if settings.token is None else settings.token.get_secret_value()
     pool = WorkerPool(token=token, lease_s=settings.lease_s)
     url = base_url(listener)
@@ -81,22 +77,3 @@ async def _announce(settings: Settings, pool: WorkerPool, url: str, started: flo
         else:
             announce(hello, url, settings, time.monotonic() - started)
             return
-
-
-def _stop_with_stdin(stop: asyncio.Event) -> None:
-    """Set `stop` when standard input ends, if it is a pipe; a pod's, or a terminal's, says nothing about a parent."""
-    try:
-        mode = os.fstat(STDIN).st_mode
-    except OSError:
-        return
-    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):  # asyncio's pipes are sockets on some systems
-        return
-    loop = asyncio.get_running_loop()
-
-    def watch() -> None:
-        while os.read(STDIN, 4096):
-            pass
-        with contextlib.suppress(RuntimeError):  # the loop may have ended before
-            loop.call_soon_threadsafe(stop.set)
-
-    threading.Thread(target=watch, name="stdin", daemon=True).start()

@@ -107,7 +107,12 @@ class ClusterFiles:
 
         Raises `ConfigError` where another still is after `timeout_s`.
         """
-        self.logs.mkdir(mode=SECRET_FOLDER, parents=True, exist_ok=True)
+        try:
+            self.logs.mkdir(mode=SECRET_FOLDER, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.logs} cannot be made: {error.strerror}; choose another --home", param="home"
+            ) from error
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(locked(self.lock, timeout_s))

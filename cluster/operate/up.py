@@ -163,11 +163,13 @@ class _Supervisor:
             await asyncio.gather(*watchers, return_exceptions=True)
             return 0
         finally:
-            if store is not None:
-                await store.close()
-            if not self._is_at_once:
-                await self._stop_all()
-            await asyncio.to_thread(self._end)
+            try:
+                if store is not None:
+                    await store.close()
+                if not self._is_at_once:
+                    await self._stop_all()
+            finally:
+                self._end()  # not awaited: a second signal ends whatever is waited for here
 
     async def _go_on(self, run: Callable[[], Awaitable[None]]) -> None:
         """Whatever went wrong, a part of this command never ends unseen while the others go on."""

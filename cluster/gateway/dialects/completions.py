@@ -13,7 +13,7 @@ from cluster.gateway.dialects.openai_events import ChunkEvents, finish_members
 from cluster.gateway.logprobs import CompletionLogprobs
 from cluster.gateway.openai import CompletionRequest
 from cluster.gateway.submit import Job
-from cluster.gateway.tokenize import TextTokenizer
+from cluster.gateway.tokenizer import TextTokenizer
 from cluster.gateway.usage import Usage
 from cluster.protocol import RequestOutput
 

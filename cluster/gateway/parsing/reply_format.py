@@ -19,7 +19,7 @@ from cluster.gateway.parsing.hermes import OPEN, HermesFormat
 from cluster.gateway.parsing.lark import COMPACT, schema_rule, structural_tag
 from cluster.gateway.parsing.mistral import ARGS, CALLS, MistralFormat
 from cluster.gateway.settings import ReasoningParser, ToolParser
-from cluster.gateway.tokenize import TextTokenizer
+from cluster.gateway.tokenizer import TextTokenizer
 from cluster.protocol import Grammar, Thinking
 
 _OTHER_CALLS = "<function="  # inside <tool_call> too, yet no JSON (Qwen3-Coder)

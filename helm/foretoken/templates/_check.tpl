@@ -1,5 +1,8 @@
 {{/* What a schema cannot say: values that contradict each other. */}}
 {{- define "foretoken.check" -}}
+{{- if not (regexMatch "^[a-z]" (include "foretoken.fullname" .)) -}}
+{{- fail (printf "the release's name %s cannot begin a Service's: set fullnameOverride, or choose one that begins with a letter" .Release.Name) -}}
+{{- end -}}
 {{- with .Values -}}
 {{- if and (eq .cache.kind "existingClaim") (not .cache.existingClaim) -}}
 {{- fail "cache.existingClaim: name the PersistentVolumeClaim, or choose another cache.kind" -}}

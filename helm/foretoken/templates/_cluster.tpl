@@ -69,7 +69,7 @@ exec:
 podSelector:
   matchLabels:
     app.kubernetes.io/name: {{ include "foretoken.name" .root }}
-    app.kubernetes.io/instance: {{ .root.Release.Name }}
+    app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
   matchExpressions:
     - key: app.kubernetes.io/component
       operator: In

@@ -15,7 +15,7 @@
 
 {{- define "foretoken.selector" -}}
 app.kubernetes.io/name: {{ include "foretoken.name" .root }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end }}
 

@@ -91,10 +91,12 @@ class Served:
     async def ready(self) -> None:
         await self.app.state.gateway.pool.ready(DEADLINE_S)
 
-    async def metric(self, sample: str) -> float:
-        """The value of one line of /metrics; 0 where there is none."""
+    async def metric(self, sample: str, default: float | None = None) -> float:
+        """The value of the line of /metrics that begins so. Raises where there is none, unless a default is given."""
         lines = (await self.http.get("/metrics")).text.splitlines()
-        return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(sample)), 0.0)
+        found = next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(sample)), default)
+        assert found is not None, f"/metrics has no {sample}"
+        return found
 
 
 class _Server(uvicorn.Server):

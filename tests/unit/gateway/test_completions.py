@@ -13,7 +13,7 @@ from cluster.gateway.logprobs import CompletionLogprobs
 from cluster.gateway.openai import CompletionRequest
 from cluster.gateway.settings import SamplingDefaults
 from cluster.gateway.submit import Prompt
-from cluster.gateway.tokenize import TextTokenizer
+from cluster.gateway.tokenizer import TextTokenizer
 from cluster.protocol import Finish, RequestOutput, Submit, TokenLogprobs
 from tests.support.scripted_worker import BEGIN_ID, END_ID, ScriptedWorker, say, text_ids
 from tests.unit.gateway.conftest import Serve, Served

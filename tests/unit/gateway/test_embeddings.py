@@ -15,6 +15,7 @@ import pytest
 from cluster.gateway import embeddings
 from cluster.gateway.auth import Keys, parse_keys
 from cluster.protocol import Finish, RequestOutput, Submit
+from tests.support.eventually import eventually
 from tests.support.scripted_worker import BEGIN_ID, VOCAB_SIZE, ScriptedWorker, text_ids
 from tests.support.worker_team import Team
 from tests.unit.gateway.conftest import MODEL, Serve, Served
@@ -135,7 +136,7 @@ async def test_a_client_that_leaves_ends_its_inputs(served: Served, worker: Scri
     with contextlib.suppress(asyncio.CancelledError):
         await task
     assert sorted(await worker.wait_for_aborts(2)) == sorted(submit.request_id for submit in worker.submits)
-    assert await served.metric('foretoken:requests_aborted_total{model_name="org/scripted",reason="disconnect"}') == 1
+    assert await served.metric('foretoken:requests_aborted_total{model_name="org/scripted",reason="disconnect"}') == 2
 
 
 async def test_an_administrator_ends_them_too(served: Served, worker: ScriptedWorker) -> None:
@@ -144,6 +145,7 @@ async def test_an_administrator_ends_them_too(served: Served, worker: ScriptedWo
     await worker.wait_for_submits()
     (listed,) = (await served.http.get("/admin/requests")).json()["data"]
     assert listed["prompt_tokens"] == 3
+    assert listed["held_bytes"] == len(b'{"model":"org/scripted","input":"Hi"}')
     assert (await served.http.post(f"/admin/requests/{listed['id']}/abort")).status_code == 200
     assert (await task).json()["error"]["code"] == "request_aborted"
     await worker.wait_for_aborts()
@@ -169,15 +171,28 @@ async def test_a_worker_that_dies_is_replaced(crowd: Served, team: Team) -> None
         worker.gate.clear()
     task = asyncio.create_task(embed(crowd, [[n] for n in range(6)]))
     workers = list(team.workers.values())
-    async with asyncio.timeout(20):
-        while sum(worker.num_running for worker in workers) < 6:
-            await asyncio.sleep(0.001)
+    await eventually(lambda: sum(worker.num_running for worker in workers) == 6, "six inputs at the workers")
     victim = max(workers, key=lambda worker: worker.num_running)
     await victim.kill()
     for worker in workers:
         worker.gate.set()
     reply = (await task).json()
     assert [item["embedding"] for item in reply["data"]] == [vector([n]) for n in range(6)]
+
+
+async def test_a_first_wave_that_would_wait_for_too_long_is_refused(serve: Serve, worker: ScriptedWorker) -> None:
+    served = await serve(max_ttft_s=1.0)
+    await served.ready()
+    assert (await embed(served, [1])).status_code == 200
+    worker.gate.clear()
+    before = [asyncio.create_task(embed(served, [[n] * 500 for n in range(8)]))]
+    await worker.wait_for_submits(9)
+    refused = await embed(served, [[n] * 50 for n in range(64)])
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+    assert len(worker.submits) == 9
+    worker.gate.set()
+    assert [(await task).status_code for task in before] == [200]
+    assert await served.metric("foretoken:request_prompt_tokens_count") == 2, "what was refused has no prompt"
 
 
 async def test_a_tenant_finds_no_others_pages(serve: Serve, worker: ScriptedWorker) -> None:

@@ -66,7 +66,7 @@ async def test_a_client_that_leaves_is_aborted(
     assert sorted(await worker.wait_for_aborts(2)) == sorted(submit.request_id for submit in submits)
     await idle(served)
     writer.close()
-    assert await served.metric('foretoken:requests_aborted_total{model_name="org/scripted",reason="disconnect"}') == 1
+    assert await served.metric('foretoken:requests_aborted_total{model_name="org/scripted",reason="disconnect"}') == 2
 
 
 async def test_a_client_that_leaves_before_there_is_a_worker(served: Served, worker: ScriptedWorker) -> None:
@@ -93,6 +93,7 @@ async def test_finished_choices_are_not_aborted(served: Served, worker: Scripted
     writer.close()
     await idle(served)
     assert await worker.wait_for_aborts() == [submits[1].request_id]
+    assert await served.metric('foretoken:requests_aborted_total{model_name="org/scripted",reason="disconnect"}') == 1
 
 
 async def test_a_reader_that_stalls_is_cut(serve: Serve, worker: ScriptedWorker) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.gateway.threads import SHORT_CHARS
-from cluster.gateway.tokenize import TextTokenizer
+from cluster.gateway.tokenizer import TextTokenizer
 from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker, byte_tokenizer, hello
 from tests.unit.gateway.conftest import Serve, Served
 

@@ -335,7 +335,7 @@ async def test_every_error_of_the_path_has_anthropics_shape(
         check(response, 429, "rate_limit_error")
         assert response.headers["retry-after"] == "1"
     with monkeypatch.context() as patched:
-        patched.setattr(gateway, "_read", None)
+        patched.setattr(gateway, "_read_body", None)
         check(await ask(served), 500, "api_error")
     gateway.admission.draining = True
     check(await ask(served), 503, "overloaded_error")

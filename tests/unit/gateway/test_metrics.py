@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 import pytest
-from prometheus_client import Metric
+from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.metrics import GatewayMetrics, GenerationTimer
 from cluster.metrics.table import PREFIX, Spec, all_metrics
-from cluster.protocol import STEP_TOKEN_BOUNDS
+from cluster.protocol import STEP_TOKEN_BOUNDS, Finish, RequestOutput, Submit
 from tests.support.scripted_worker import ScriptedWorker, hello
 from tests.unit.gateway.conftest import Serve, Served
 
@@ -94,3 +97,33 @@ async def test_a_workers_times_are_observed_once_a_sequence(served: Served, work
         assert await served.metric(f"foretoken:request_{name}_time_seconds_count{labels}") == 2
     assert await served.metric(f"foretoken:request_queue_time_seconds_sum{labels}") == pytest.approx(2 * 0.25)
     assert await served.metric(f"foretoken:request_prefill_time_seconds_sum{labels}") == pytest.approx(2 * 0.5)
+
+
+async def test_each_sequence_that_ends_early_is_counted_like_one_that_finishes(
+    served: Served, worker: ScriptedWorker
+) -> None:
+    finishes = iter(
+        [Finish(reason="stop"), Finish(reason="error", error_code="engine_error", error_message="no"), None]
+    )
+
+    def end(submit: Submit) -> list[RequestOutput]:
+        return [RequestOutput(request_id=submit.request_id, index=0, token_ids=[1], finish=next(finishes))]
+
+    worker.raw = end
+    assert (await served.complete(n=3)).status_code == 500
+    label = 'model_name="org/scripted"'
+    assert await served.metric(f'foretoken:requests_aborted_total{{{label},reason="error"}}') == 2
+    assert await served.metric(f'foretoken:request_success_total{{finished_reason="stop",{label}}}') == 1
+
+
+def test_what_is_told_of_latencies_is_what_the_histograms_have() -> None:
+    registry, ttfts, itls = CollectorRegistry(), list[float](), list[float]()
+    metrics = GatewayMetrics(registry, model_name="m")
+    timer = GenerationTimer(
+        metrics, arrival=time.perf_counter(), num_choices=2, tell_ttft=ttfts.append, tell_itl=itls.append
+    )
+    for choice in (0, 1, 0, 0):
+        timer.tokens(choice, 1)
+    assert (len(ttfts), len(itls)) == (2, 2)
+    for name, told in (("time_to_first_token", ttfts), ("inter_token_latency", itls)):
+        assert registry.get_sample_value(f"foretoken:{name}_seconds_sum", {"model_name": "m"}) == sum(told)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import WorkerLostError
+from cluster.gateway.generation import Unobserved
 from cluster.gateway.pool import Endpoint, WorkerPool
 from cluster.protocol import Finish, RequestOutput, Submit
 from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker, hello, say
@@ -20,16 +21,6 @@ pytestmark = pytest.mark.anyio
 ANSWER = "Hello, wörld! 🦀"
 STEPS = 5  # that a worker makes before it is lost
 LABEL = 'model_name="org/scripted"'
-
-
-class Uncounted:
-    """An observer that keeps nothing."""
-
-    def tokens(self, choice: int, num_tokens: int) -> None: ...
-
-    def finished(self, choice: int, reason: str) -> None: ...
-
-    def aborted(self, reason: str) -> None: ...
 
 
 # ------------------------------------------------------------------------------------------------------ who is draining
@@ -240,7 +231,7 @@ async def test_nothing_waits_where_nobody_starts_a_worker_again(serve: Serve, te
     response = await request
     assert (response.status_code, response.json()["error"]["code"]) == (503, "worker_lost")
     with (
-        pool.submit(a.submits[:1], timeout_s=60.0, observer=Uncounted()) as generation,
+        pool.submit(a.submits[:1], timeout_s=60.0, observer=Unobserved()) as generation,
         pytest.raises(WorkerLostError),
     ):
         await generation.read()

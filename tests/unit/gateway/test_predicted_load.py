@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cluster.gateway.backlog import Backlog, Prediction, Running
+from cluster.gateway.backlog import Backlog, OwnLoad, Prediction
 from cluster.gateway.ttft import RequestSize, StepCost
 from cluster.protocol import EngineState
 from tests.support.scripted_worker import hello
@@ -53,11 +53,11 @@ class Simulation:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
 
-    def own(self) -> Running:
+    def own(self) -> OwnLoad:
         before = [sequence for sequence in [*self.waiting, *self.running] if not sequence.made]
-        return Running(
-            num_begun=sum(1 for sequence in self.running if sequence.made),
-            num_before=len(before),
+        return OwnLoad(
+            num_decoding=sum(1 for sequence in self.running if sequence.made),
+            num_without_token=len(before),
             prompt_tokens=sum(sequence.num_prompt for sequence in before),
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.needs("demo")]
 
 START_S = 120.0
 NUM_USERS, NUM_REQUESTS = 6, 36
+MAX_MEDIAN_ERROR = 10.0  # how small it is, is for a bench: this machine has other things to do
 
 
 async def test_predictions_of_a_real_worker_under_a_mixed_load(serve: Serve) -> None:
@@ -34,11 +34,12 @@ async def test_predictions_of_a_real_worker_under_a_mixed_load(serve: Serve) -> 
         assert 0 < hello.startup_s < START_S
         errors = await errors_of(served)
         assert len(errors) == NUM_REQUESTS
-        assert math.isfinite(statistics.median(errors))  # how small is for a bench: this machine has other things to do
+        assert statistics.median(errors) < MAX_MEDIAN_ERROR
         labels = f'{{model_name="{MODEL}"}}'
         name = "foretoken:ttft_prediction_error_ratio"
         assert await served.metric(f"{name}_count{labels}") == NUM_REQUESTS
-        assert math.isfinite(await served.metric(f"{name}_sum{labels}"))
+        near = f'{name}_bucket{{le="{MAX_MEDIAN_ERROR}",model_name="{MODEL}"}}'
+        assert await served.metric(near) > NUM_REQUESTS / 2
         for part in ("queue", "prefill", "decode"):
             assert await served.metric(f"foretoken:request_{part}_time_seconds_count{labels}") == NUM_REQUESTS
         prefill_s = await served.metric(f"foretoken:request_prefill_time_seconds_sum{labels}")

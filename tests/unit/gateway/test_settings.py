@@ -8,7 +8,7 @@ import pytest
 
 from cluster.errors import CheckpointError
 from cluster.gateway.settings import SamplingDefaults
-from cluster.gateway.tokenize import TextTokenizer
+from cluster.gateway.tokenizer import TextTokenizer
 
 
 def test_given_fields_are_taken(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from cluster.gateway.openai import ChatCompletionRequest
 from cluster.gateway.openai_formats import StructuralTag
 from cluster.gateway.parsing.lark import literal, structural_tag
 from cluster.gateway.parsing.reply_format import ReplyFormat
-from cluster.gateway.tokenize import TextTokenizer
+from cluster.gateway.tokenizer import TextTokenizer
 from cluster.protocol import Finish, Grammar, RequestOutput
 from tests.support.chat_templates import MISTRAL_LIKE, MISTRAL_NAMED, QWEN_LIKE
 from tests.support.scripted_worker import END_ID, ScriptedWorker, byte_tokenizer

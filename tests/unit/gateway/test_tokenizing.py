@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from cluster.control.model import DEMO_PATH
-from cluster.gateway.tokenize import TextTokenizer
+from cluster.gateway.tokenizer import TextTokenizer
 from tests.support.chat_templates import QWEN_LIKE, write_tokenizer
 from tests.support.scripted_worker import BEGIN_ID, END_ID, VOCAB_SIZE, ScriptedWorker, byte_tokenizer, text_ids
 from tests.unit.gateway.conftest import MODEL, Served

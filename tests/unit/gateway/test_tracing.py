@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 from typing import Any
@@ -13,9 +13,12 @@ import pytest
 
 from cluster.config import load
 from cluster.errors import ConfigError
+from cluster.gateway.embeddings import WAVE
 from cluster.gateway.tracing import MAX_TRACED_CHOICES, NO_TRACING, OpenTelemetry, open_tracing
+from cluster.protocol import Finish, RequestOutput, Submit
 from cluster.serve import tracing
-from tests.support.scripted_worker import DEADLINE_S, PREFILL_S, ScriptedWorker
+from tests.support.eventually import eventually
+from tests.support.scripted_worker import PREFILL_S, ScriptedWorker
 from tests.unit.gateway.conftest import Serve, Served
 
 pytestmark = [pytest.mark.anyio, pytest.mark.needs("opentelemetry")]
@@ -33,9 +36,7 @@ class Traced:
 
     async def spans(self, num: int) -> list[Any]:
         """So many, in the order of their ends; a stream's ends after its last byte."""
-        async with asyncio.timeout(DEADLINE_S):
-            while len(self._exporter.get_finished_spans()) < num:
-                await asyncio.sleep(0.001)
+        await eventually(lambda: len(self._exporter.get_finished_spans()) >= num, f"the end of {num} spans")
         found = list(self._exporter.get_finished_spans())
         assert len(found) == num
         self._exporter.clear()
@@ -89,6 +90,8 @@ async def test_a_request_is_a_span_with_its_queue_prefill_and_decode(traced: Tra
         assert found[name].start_time <= found[name].end_time
     assert found["queue"].end_time == found["prefill"].start_time
     assert found["prefill"].end_time == found["decode"].start_time
+    assert request.start_time <= found["queue"].start_time
+    assert found["decode"].end_time <= request.end_time
     assert SECRET not in json.dumps([json.loads(span.to_json()) for span in spans])
 
 
@@ -129,6 +132,56 @@ async def test_of_many_samples_only_the_first_have_spans_of_their_own(traced: Tr
     request = by_name(spans)["text_completion org/scripted"]
     assert request.attributes["gen_ai.usage.output_tokens"] == 2 * num
     assert request.attributes["gen_ai.request.choice.count"] == num
+
+
+async def test_the_first_sample_to_begin_tells_the_requests_latencies(traced: Traced, worker: ScriptedWorker) -> None:
+    """Each ends at once: there is a moment in which none runs and one has not begun."""
+
+    def whole(submit: Submit) -> list[RequestOutput]:
+        queue_s = 0.25 + submit.sampling.choice
+        finish = Finish(reason="stop")
+        return [
+            RequestOutput(
+                submit.request_id, 0, [ord("a")], text="a", queue_s=queue_s, prefill_s=2 * queue_s, finish=finish
+            )
+        ]
+
+    worker.raw = whole
+    assert (await traced.served.complete(n=2)).status_code == 200
+    request = by_name(await traced.spans(7))["text_completion org/scripted"]
+    latencies = [request.attributes[f"gen_ai.latency.time_in_{name}"] for name in ("queue", "model_prefill")]
+    assert latencies == [0.25, 0.5]
+    assert 0 < request.attributes["gen_ai.latency.time_to_first_token"] * 1e9 < request.end_time - request.start_time
+    assert request.attributes["gen_ai.response.finish_reasons"] == ("stop", "stop")
+
+
+async def test_embeddings_have_traces_too(traced: Traced, worker: ScriptedWorker) -> None:
+    body = {"input": [SECRET, *["x"] * WAVE]}  # in two waves
+    reply = await traced.served.http.post("/v1/embeddings", json=body, headers={"traceparent": PARENT})
+    assert reply.status_code == 200
+    spans = await traced.spans(1 + 2 * MAX_TRACED_CHOICES)
+    found = by_name(spans)
+    assert set(found) == {"embeddings org/scripted", "queue", "prefill"}
+    request = found["embeddings org/scripted"]
+    assert f"{request.context.trace_id:032x}" == TRACE
+    given = dict(request.attributes)
+    assert given["gen_ai.operation.name"] == "embeddings"
+    assert given["gen_ai.request.encoding_formats"] == ("float",)
+    assert given["gen_ai.usage.input_tokens"] == reply.json()["usage"]["prompt_tokens"]
+    assert given["gen_ai.response.id"] == reply.json()["id"]
+    assert given["foretoken.request_id"] == reply.headers["x-request-id"]
+    expected = f"00-{TRACE}-{request.context.span_id:016x}-01"
+    assert [submit.traceparent for submit in worker.submits] == [expected] * (WAVE + 1)
+    assert SECRET not in json.dumps([json.loads(span.to_json()) for span in spans])
+    assert (await traced.served.http.post("/v1/embeddings", json={"input": ""})).status_code == 400
+    (span,) = await traced.spans(1)
+    assert span.attributes["error.type"] == "invalid_value"
+
+
+async def test_what_no_worker_does_has_no_trace(traced: Traced) -> None:
+    assert (await traced.served.http.post("/tokenize", json={"prompt": "Hi"})).status_code == 200
+    assert (await traced.served.complete(max_tokens=1)).status_code == 200
+    assert "text_completion org/scripted" in by_name(await traced.spans(4))
 
 
 async def test_without_traces_a_context_still_goes_on(served: Served, worker: ScriptedWorker) -> None:
@@ -177,7 +230,7 @@ async def test_spans_arrive_at_a_receiver_before_the_end() -> None:
     thread.start()
     try:
         sent = open_tracing(f"http://127.0.0.1:{server.server_port}/v1/traces")
-        with sent.request("POST", "/v1/completions", {"traceparent": PARENT}):
+        with sent.request("POST", "/v1/completions", {"traceparent": PARENT}, time.perf_counter()):
             pass
         await sent.close()
     finally:

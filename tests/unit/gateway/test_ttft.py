@@ -13,7 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.gateway.ttft import PRIOR, RequestSize, StepCost, StepCostFit, WorkerSnapshot, predict_ttft
+from cluster.gateway.ttft import (
+    PRIOR,
+    RequestSize,
+    StepCost,
+    StepCostFit,
+    WorkerSnapshot,
+    non_negative_solution,
+    predict_ttft,
+)
 from cluster.protocol import EngineState
 
 COST = StepCost(base_s=0.010, prompt_token_s=0.001, sequence_s=0.002)
@@ -63,6 +71,16 @@ def test_a_full_batch_waits_for_a_sequence_to_end() -> None:
     assert predict_ttft(full, RequestSize(10)) == pytest.approx(50 / 8 * one_step + prompt)
     behind_two = snapshot(num_running=8, num_waiting=2, pages_free=50)
     assert predict_ttft(behind_two, RequestSize(10)) == pytest.approx(3 * 50 / 8 * one_step + prompt)
+
+
+def test_the_last_of_many_samples_is_what_counts() -> None:
+    within = predict_ttft(IDLE, RequestSize(100, num_samples=8))
+    assert within == pytest.approx(0.010 + (100 + 7) * 0.001)  # each takes the prompt's pages, and computes its end
+    full_step = 0.010 + 8 * 0.002  # ten in a batch of eight: two wait for an end
+    beyond = predict_ttft(IDLE, RequestSize(100, num_samples=10))
+    assert beyond == pytest.approx(2 * 50 / 8 * full_step + 0.010 + (100 + 9) * 0.001)
+    prompts = predict_ttft(IDLE, RequestSize(200, cached_tokens=198, num_prompts=2, num_samples=6))
+    assert prompts == pytest.approx(0.010 + (2 + 4) * 0.001)
 
 
 def test_missing_pages_are_waited_for() -> None:
@@ -138,7 +156,7 @@ def test_the_fit_follows_a_worker_that_became_slower() -> None:
 def test_what_was_never_seen_stays_as_assumed() -> None:
     fit = StepCostFit()
     state = EngineState(worker_id="w")
-    for _ in range(50_000):  # decodes alone, for a long time
+    for _ in range(2000):  # decodes alone, until nothing else is remembered
         after = msgspec.structs.replace(
             state, steps=state.steps + 1, step_tokens=state.step_tokens + 1, step_s=state.step_s + 0.002
         )
@@ -153,3 +171,19 @@ def test_two_processes_states_are_not_compared() -> None:
     fit.observe(EngineState(worker_id="a", steps=10, step_s=1.0), EngineState(worker_id="b", steps=20, step_s=9.0))
     fit.observe(EngineState(worker_id="a", steps=10, step_s=1.0), EngineState(worker_id="a", steps=10, step_s=1.0))
     assert fit.cost == PRIOR
+
+
+@pytest.mark.needs("scipy")
+def test_the_least_squares_are_scipys() -> None:
+    import numpy
+    from scipy.optimize import nnls
+
+    draw = numpy.random.default_rng(1)
+    for _ in range(200):
+        rows = numpy.abs(draw.normal(size=(20, 3))) * (1.0, 32.0, 4.0)
+        parts = numpy.abs(draw.normal(size=3)) * draw.integers(0, 2, 3)
+        seconds = rows @ parts + 0.5 * draw.normal(size=20)
+        matrix, vector = rows.T @ rows + 0.1 * numpy.eye(3), rows.T @ seconds
+        factor = numpy.linalg.cholesky(matrix)
+        expected, _ = nnls(factor.T, numpy.linalg.solve(factor, vector))
+        assert non_negative_solution(matrix.tolist(), vector.tolist()) == pytest.approx(expected, abs=1e-6)
