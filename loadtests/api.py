@@ -92,7 +92,8 @@ class ApiBench:
 
     async def rows(self) -> list[Row]:
         async with connected(self._server.base_url, self._server.model) as api:
-            ok(await api.complete())  # warm
+            warm = await api.complete()
+            need(warm.status == 200, f"a completion gave HTTP {warm.status}: {warm.text[:200]}")
             return [
                 *await self._or_why_not((CAPABILITY,), lambda: self._capabilities(api)),
                 *await self._or_why_not(REFUSED, lambda: self._refusals(api)),
@@ -123,6 +124,7 @@ class ApiBench:
         case, metric, unit = CAPABILITY
         share = (len(expected) - len(wrong)) / len(expected)
         note = f"{len(expected)} rows; " + ("not: " + "; ".join(wrong) if wrong else "all of them")
+        note += "; a model whose template knows no tools or thoughts refuses them by name, which counts"
         return [Row(bench=BENCH, case=case, metric=metric, unit=unit, value=share, note=note, goal="1")]
 
     # ----------------------------------------------------------------------------------------------------- refusals

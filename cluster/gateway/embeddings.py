@@ -107,7 +107,7 @@ async def embeddings(request: Request) -> Response:
 async def _embed(gateway: Gateway, work: Work[EmbeddingRequest]) -> Response:
     asked = work.asked
     gateway.check_model(asked.model)
-    hello = await gateway.pool.ready(work.time_left)
+    hello = await gateway.ready(work.time_left)
     inputs = await _encode(gateway, asked, hello)
     num_tokens = sum(map(len, inputs))
     reply_id = f"embd-{uuid.uuid4().hex}"
@@ -130,7 +130,7 @@ async def _embed(gateway: Gateway, work: Work[EmbeddingRequest]) -> Response:
             for index, ids in enumerate(inputs[first : first + WAVE])
         ]
         if first == 0:  # those behind them go on where they have been let in
-            gateway.check_wait(submits)
+            gateway.check_wait(submits, work.arrival)
             gateway.metrics.prompt_tokens.observe(num_tokens)
             model, form = gateway.settings.served_name, asked.encoding_format
             work.trace.embeds(model, reply_id, num_tokens, form, work.place.request_id)

@@ -36,6 +36,8 @@ class Support:
         return any(type(value) is type(known) and value == known for known in self.accepted)
 
 
+MAX_FIELDS = 256  # of one object
+
 HONOURED = Support("honoured")
 WITHOUT_EFFECT = Support("without_effect")
 
@@ -92,6 +94,8 @@ class RequestModel(BaseModel):
                 if not support.admits(value):
                     raise _refusal(name, support)
             kept[name] = value
+            if len(kept) > MAX_FIELDS:
+                raise invalid(f"has more than {MAX_FIELDS} fields")  # pydantic would gather each that is unknown
         return kept
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 import time
 from collections import Counter
@@ -18,7 +19,9 @@ from cluster.gateway.backlog import Prediction
 from cluster.gateway.generation import Generation
 
 MAX_JSON_DEPTH = 128
-MAX_HELD_BYTES = 256 * 2**20  # of all open requests' bodies, as what is made of them is as large, and long replies
+MAX_JSON_VALUES = 1_000_000  # of a body, commas within its texts included: each is an object of Python's
+VALUE_BYTES = 64  # about what one of those holds
+MAX_HELD_BYTES = 256 * 2**20  # of all open requests: their bodies, the values that are made of these, long replies
 FLUSH_S = 1.0  # for the last replies to be written after the drain's end
 _NOT_A_NUMBER = re.compile(rb'"([^"\\]{1,64})"\s*:\s*(-?(?:NaN|Infinity))\b')
 
@@ -48,25 +51,34 @@ async def read_body(
     return b"".join(parts)
 
 
-def check_ttft(prediction: Prediction, max_ttft_s: float) -> None:
+def check_ttft(prediction: Prediction, max_ttft_s: float, waited_s: float = 0.0) -> None:
     """Raise `OverloadedError` where a request's last first token would come too late, with when to try again.
 
     A request of several sequences is in time when each of them is. One that takes longer than `max_ttft_s` by itself
-    may wait for so long.
+    may wait for so long. It has waited for `waited_s` already.
     """
     bound_s = max_ttft_s if prediction.alone_s <= max_ttft_s else prediction.alone_s + max_ttft_s
-    if (late_s := prediction.ttft_s - bound_s) > 0:
+    if (late_s := waited_s + prediction.ttft_s - bound_s) > 0:
         raise OverloadedError(
-            f"the last of the request's sequences would have its first token after some {prediction.ttft_s:.1f} s, and "
-            f"{bound_s:.1f} s are allowed: try again later",
+            f"the last of the request's sequences would have its first token after some {prediction.ttft_s:.1f} s "
+            f"more, and {max(0.0, bound_s - waited_s):.1f} s are allowed: try again later",
             retry_after_s=late_s,
         )
 
 
+def num_values(body: bytes) -> int:
+    """How many values a JSON text may have, at most: a value but the first stands behind one of these."""
+    return body.count(b",") + body.count(b"[") + body.count(b"{")
+
+
 def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object. Raises `RequestError` for what is not one, or is nested deeper than `MAX_JSON_DEPTH`."""
+    """A JSON object. Raises `RequestError` for what is not one, or is nested deeper than `MAX_JSON_DEPTH`, and
+    `RequestTooLargeError` for one of more than `MAX_JSON_VALUES`.
+    """
+    if num_values(body) > MAX_JSON_VALUES:
+        raise RequestTooLargeError(f"the body has more than {MAX_JSON_VALUES} values (or commas in its texts)")
     try:
-        value = orjson.loads(body)
+        value = _loads(body)
     except orjson.JSONDecodeError as error:
         culprit = _NOT_A_NUMBER.search(body)
         if culprit is None:
@@ -80,6 +92,17 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if _is_deeper(value, MAX_JSON_DEPTH):
         raise RequestError(f"the body is nested deeper than {MAX_JSON_DEPTH} levels")
     return value
+
+
+def _loads(body: bytes) -> Any:
+    """Without the garbage collector, which otherwise looks through ever more new values, all threads waiting."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return orjson.loads(body)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _json_name(value: object) -> str:

@@ -16,7 +16,14 @@ from prometheus_client import CollectorRegistry
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from cluster.errors import DeadlineError, DrainingError, ForetokenError, InvalidValueError, ModelNotFoundError
+from cluster.errors import (
+    DeadlineError,
+    DrainingError,
+    ForetokenError,
+    InvalidValueError,
+    ModelNotFoundError,
+    UnavailableError,
+)
 from cluster.gateway.auth import tenant_of, tenants_salt
 from cluster.gateway.backlog import Prediction
 from cluster.gateway.chat import load_template
@@ -28,7 +35,16 @@ from cluster.gateway.dialects.responses import Responses
 from cluster.gateway.disconnect import ClientDisconnected, until_disconnect
 from cluster.gateway.fields import RequestModel, validate
 from cluster.gateway.generation import Generation, Observers
-from cluster.gateway.limits import FLUSH_S, Admission, Place, check_ttft, parse_object, read_body
+from cluster.gateway.limits import (
+    FLUSH_S,
+    VALUE_BYTES,
+    Admission,
+    Place,
+    check_ttft,
+    num_values,
+    parse_object,
+    read_body,
+)
 from cluster.gateway.openai import ChatCompletionRequest, GenerationRequest
 from cluster.gateway.parsing.reply_format import ReplyFormat, ReplyShape
 from cluster.gateway.parsing.think import CLOSE
@@ -53,11 +69,11 @@ from cluster.gateway.threads import Threads, run_in
 from cluster.gateway.tokenizer import TextTokenizer
 from cluster.gateway.tracing import NO_TRACING, Trace, Tracing
 from cluster.metrics import RESUMED, WORKER_LOST, CountCollector, EngineCollector, GatewayMetrics, GenerationTimer
-from cluster.protocol import Submit
+from cluster.protocol import Hello, Submit
 
 Headers = dict[str, str]
 Asked = tuple[RequestModel, GenerationRequest]  # in its dialect's own words, and as a generation
-INLINE_BYTES = 256 * 1024  # a larger body is parsed off the event loop
+INLINE_BYTES = 32 * 1024  # a larger body is parsed off the event loop
 INLINE_CHARS = 4096  # a longer text is tokenised off the event loop
 TEMPLATE_SLACK_S = 1.0  # for a thread to be free; the template's own bound comes first, mostly
 
@@ -274,7 +290,10 @@ class Gateway:
             timeout_s=self.settings.body_timeout_s,
             hold=place.hold,
         )
-        return check(body) if len(body) <= INLINE_BYTES else await run_in(self._threads.bodies, partial(check, body))
+        if len(body) <= INLINE_BYTES:
+            return check(body)
+        place.hold(VALUE_BYTES * num_values(body))
+        return await run_in(self._threads.bodies, partial(check, body))
 
     def _checked(self, request: GenerationRequest, place: Place) -> GenerationRequest:
         self.check_model(request.model)
@@ -297,7 +316,7 @@ class Gateway:
         """A whole reply, or the beginning of a streamed one."""
         asked, unchecked = work.asked
         request = self._checked(unchecked, work.place)
-        hello = await self.pool.ready(work.time_left)
+        hello = await self.ready(work.time_left)
         try:
             async with asyncio.timeout(work.time_left):
                 texts, shape = await self._encode(request, hello.max_model_len)
@@ -343,16 +362,28 @@ class Gateway:
 
         The reply's header is about its first sequence, the bound about the last of them.
         """
-        self.check_wait(submits)
+        self.check_wait(submits, arrival)
         prediction = self.pool.predict(submits[:1])
         if prediction is None:
             return Admitted()
         return Admitted(prediction, time.perf_counter() - arrival + prediction.ttft_s)
 
-    def check_wait(self, submits: Sequence[Submit]) -> None:
-        """Raise `OverloadedError` where sequences would wait for their first tokens for longer than `max_ttft_s`."""
+    async def ready(self, timeout_s: float) -> Hello:
+        """Wait for a worker, for `max_ttft_s` at most. Raises `UnavailableError`s."""
+        bound_s = self.settings.max_ttft_s
+        if bound_s is None or bound_s >= timeout_s:
+            return await self.pool.ready(timeout_s)
+        try:
+            return await self.pool.ready(bound_s)
+        except DeadlineError as error:
+            raise UnavailableError(f"{error.message}; try again later", retry_after_s=bound_s) from None
+
+    def check_wait(self, submits: Sequence[Submit], arrival: float) -> None:
+        """Raise `OverloadedError` where the first tokens of a request's sequences would come later than `max_ttft_s`
+        after its `arrival`.
+        """
         if self.settings.max_ttft_s is not None and (prediction := self.pool.predict(submits)) is not None:
-            check_ttft(prediction, self.settings.max_ttft_s)
+            check_ttft(prediction, self.settings.max_ttft_s, time.perf_counter() - arrival)
 
     def _observe(self, job: Job, work: Work[Asked], predicted_s: float | None) -> Observers:
         """Count what goes to the workers now, and tell who observes what becomes of it."""

@@ -16,6 +16,8 @@ from cluster.gateway.openai_tools import Tools
 from cluster.gateway.replies import JSONBytes
 from cluster.gateway.service import Gateway, Work, gateway_of
 
+MAX_CHARS = 2**20  # of a text: what is told of it holds some hundred times as many bytes
+
 router = APIRouter()
 
 
@@ -84,6 +86,9 @@ async def _tokenize(gateway: Gateway, asked: TokenizeRequest) -> dict[str, Any]:
         gateway.reply_format.check(chat, gateway.template)
     text = asked.prompt or "" if chat is None else await gateway.render(chat)
     special = (chat is None) if asked.add_special_tokens is None else asked.add_special_tokens
+    if len(text) > MAX_CHARS:
+        field = "prompt" if chat is None else "messages"
+        raise InvalidValueError(f"{field}: at most {MAX_CHARS} characters, these are {len(text)}", param=field)
     tokenizer, hello = gateway.tokenizer, gateway.pool.hello
 
     def told() -> dict[str, Any]:

@@ -28,6 +28,10 @@ What `GET /metrics` says, made by `python -m cluster.metrics`. Every metric has 
 tell is there once one was. With `--vllm-metrics` those that vLLM has are there under its names as well: the same
 behind `{VLLM_PREFIX}`, with its label `engine`. A share is a fraction of 1, a ratio may be
 over it.
+
+Of the names that routers and dashboards know from others these are not here, as there is nothing that they would count:
+`spec_decode_*` and `spec_accept_length` (no speculative decoding), `lora_*`, `external_prefix_cache_*`, `nixl_*`,
+`kv_offload_*`, `kv_transfer_*` and `num_prefill_bootstrap_queue_reqs` (prefill and decode are not apart), `dp_attention_*`.
 """
 Kind = Literal["counter", "gauge", "histogram"]
 Unit = Literal["", "seconds", "tokens", "pages", "share", "ratio"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ import pytest
 from cluster import logs
 from cluster.gateway import connection, limits
 from cluster.gateway.auth import Keys, parse_keys
+from cluster.gateway.limits import MAX_HELD_BYTES, MAX_JSON_VALUES
 from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker
 from tests.unit.gateway.conftest import MODEL, Serve, Served
 from tests.unit.gateway.test_lifecycle import output
@@ -232,3 +234,26 @@ async def test_an_error_tells_nothing_of_our_insides(
     for response in (await alone.complete(), await alone.http.get("/health/startup"), await alone.http.get("/cluster")):
         assert response.status_code in (200, 503, 504)
         assert not INTERNALS.search(response.text), response.text
+
+
+async def test_a_body_of_too_many_values_is_not_parsed(served: Served, worker: ScriptedWorker) -> None:
+    """It would hold many times its size, and the interpreter meanwhile."""
+    many = b'{"prompt":"A","metadata":{"a":[' + b"[]," * MAX_JSON_VALUES + b"[]]}}"
+    refused = await served.http.post("/v1/completions", content=many)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_large")
+    # what there may be counts among what open requests hold, with what is made of it
+    with served.app.state.gateway.admission.slot() as other:
+        other.hold(MAX_HELD_BYTES - 4 * 2**20)
+        fits = await served.complete(prompt=[72] * 1000, max_tokens=1, truncate_prompt_tokens=8)
+        assert fits.status_code == 200, fits.text
+        more = b'{"prompt":"A","metadata":{"a":[' + b"[]," * 50_000 + b"[]]}}"
+        assert (await served.http.post("/v1/completions", content=more)).status_code == 429
+
+
+async def test_an_object_of_very_many_fields_is_refused_at_once(served: Served) -> None:
+    began = time.process_time()
+    refused = await served.complete(**{f"unknown{number}": number for number in range(100_000)})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_value")
+    assert "more than 256 fields" in refused.json()["error"]["message"]
+    assert time.process_time() - began < 2.0  # to gather all of them takes many times that
+    assert gc.isenabled()

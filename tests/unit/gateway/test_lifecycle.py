@@ -12,6 +12,7 @@ import pytest
 
 from cluster.gateway import limits
 from cluster.protocol import Finish, RequestOutput, Submit
+from tests.support.eventually import eventually
 from tests.support.scripted_worker import DEADLINE_S, ScriptedWorker
 from tests.unit.gateway.conftest import MODEL, Serve, Served
 
@@ -435,3 +436,16 @@ async def test_metrics(served: Served, worker: ScriptedWorker) -> None:
     assert await served.metric(f"foretoken:kv_cache_usage_perc{{{label}}}") == 0.25
     answered = f'foretoken:http_requests_total{{method="POST",{label},route="/v1/completions",status="400"}}'
     assert await served.metric(answered) == 1
+
+
+async def test_without_a_worker_nobody_waits_longer_than_for_a_first_token(
+    serve: Serve, worker: ScriptedWorker
+) -> None:
+    served = await serve(max_ttft_s=0.2)
+    await served.ready()
+    assert (await served.complete()).status_code == 200
+    await worker.kill()
+    await eventually(lambda: served.app.state.gateway.pool.num_alive == 0, "the worker's end")
+    refused = await served.complete()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+    assert refused.headers["retry-after"] == "1"

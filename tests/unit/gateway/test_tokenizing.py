@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from cluster.control.model import DEMO_PATH
 from cluster.gateway.tokenizer import TextTokenizer
+from cluster.gateway.tokenizing import MAX_CHARS
 from tests.support.chat_templates import QWEN_LIKE, write_tokenizer
 from tests.support.scripted_worker import BEGIN_ID, END_ID, VOCAB_SIZE, ScriptedWorker, byte_tokenizer, text_ids
 from tests.unit.gateway.conftest import MODEL, Served
@@ -110,3 +111,8 @@ def test_texts_come_back(name: str, text: str) -> None:
     ids = tokenizer.encode(text, special_tokens=False)
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert all(tokenizer.token(token_id) is not None for token_id in ids)
+
+
+async def test_a_text_of_which_too_much_would_be_told(served: Served) -> None:
+    refused = await served.http.post("/tokenize", json={"prompt": "a" * (MAX_CHARS + 1)})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
