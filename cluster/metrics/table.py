@@ -31,7 +31,8 @@ over it.
 
 Of the names that routers and dashboards know from others these are not here, as there is nothing that they would count:
 `spec_decode_*` and `spec_accept_length` (no speculative decoding), `lora_*`, `external_prefix_cache_*`, `nixl_*`,
-`kv_offload_*`, `kv_transfer_*` and `num_prefill_bootstrap_queue_reqs` (prefill and decode are not apart), `dp_attention_*`.
+`kv_offload_*`, `kv_transfer_*` and `num_prefill_bootstrap_queue_reqs` (prefill and decode are not apart),
+`dp_attention_*`.
 """
 Kind = Literal["counter", "gauge", "histogram"]
 Unit = Literal["", "seconds", "tokens", "pages", "share", "ratio"]
