@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 
 import pytest
+import yaml
 
-from tests.support.chart import FULLNAME, VALUE_SETS, maybe, one, pod_of, selects
+from tests.support.chart import CHART, FULLNAME, VALUE_SETS, Values, helm, maybe, one, pod_of, selects
 
 pytestmark = pytest.mark.needs("helm")
 
@@ -164,3 +165,17 @@ def test_helm_test_asks_the_service_whether_it_is_ready() -> None:
     assert container["command"][-1] == f"http://{FULLNAME}:80/health/ready"
     assert container["image"] == pod_of({})["containers"][0]["image"]
     assert not selects(one({}, "Service")["spec"]["selector"], {"spec": {"template": found}})
+
+
+@pytest.mark.parametrize("values", [{}, {"mode": "cluster", "redis": {"enabled": True}}])
+def test_a_release_called_like_a_number_has_labels_that_are_texts(values: Values) -> None:
+    done = helm("template", "123", str(CHART), values=values | {"fullnameOverride": "numbered"})
+    assert done.returncode == 0, done.stderr
+    for found in filter(None, yaml.safe_load_all(done.stdout)):
+        assert found["metadata"]["labels"]["app.kubernetes.io/instance"] == "123"
+
+
+def test_a_name_that_cannot_begin_a_services_is_refused_in_words() -> None:
+    done = helm("template", "1x", str(CHART))
+    assert done.returncode != 0
+    assert "set fullnameOverride" in done.stderr
