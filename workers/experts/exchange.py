@@ -114,7 +114,10 @@ class Meeting:
         except (RuntimeError, TimeoutError) as error:
             why = str(error) or f"it was not there within {self._timeout_s:.1f} s"
             raise PeerLostError(f"the peer of the link {self.name!r} did not come to the rendezvous: {why}") from error
-        return GlooLink(self.name, group, 1 - self._rank, self._addresses)
+        try:
+            return GlooLink(self.name, group, 1 - self._rank, self._addresses)
+        except RuntimeError as error:  # it makes room for a first frame, which fails where the peer is gone again
+            raise PeerLostError(f"the peer of the link {self.name!r} came and went: {error}") from error
 
     def _meet(self) -> None:
         try:
